@@ -1,0 +1,194 @@
+"""Batched speculative decoding, and plain decoding by the same engine.
+
+Every step has one shape: a block of ``B`` tokens a row. Rows accept different numbers of proposals;
+since the caches are addressed by position, accepting is nothing but moving a row's anchor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verdict, Verification, verify_matching, verify_rejection
+from draftopd.drafters.base import Drafter
+from draftopd.errors import PromptError
+from draftopd.targets.target import Target
+
+
+@dataclass
+class Decoded:
+    """One decoded sequence.
+
+    ``anchors[i]`` is the position of the token that began block ``i``; ``accepted[i]`` its accepted
+    length and ``emitted[i]`` the tokens it added: ``accepted + 1``, fewer where a stop token or the
+    length limit cut the block short. ``proposals[i]`` are the K drafted tokens.
+    """
+
+    prompt: list[int]
+    response: list[int] = field(default_factory=list)
+    anchors: list[int] = field(default_factory=list)
+    accepted: list[int] = field(default_factory=list)
+    emitted: list[int] = field(default_factory=list)
+    proposals: list[list[int]] = field(default_factory=list)
+    finish: str = ""
+
+    @property
+    def tokens(self) -> list[int]:
+        return self.prompt + self.response
+
+    @property
+    def acceptance_length(self) -> float:
+        """Tokens emitted a verification; NaN where the first token ended the response."""
+        return sum(self.emitted) / len(self.emitted) if self.emitted else float("nan")
+
+
+class Decoder:
+    """Decode prompts with the target, by blocks of a drafter where one is given.
+
+    Args:
+        target: tapped for the drafter (see :meth:`Target.tap`).
+        drafter: None decodes plainly, one token a target forward.
+        sampling: warping of both distributions.
+        verification: used above temperature 0; at 0 both rules are the same.
+        max_new_tokens: response limit.
+        stop: token ids that end a response (and are part of it).
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter | None,
+        sampling: Sampling = Sampling(),
+        verification: Verification = "rejection_sampling",
+        max_new_tokens: int = 256,
+        stop: frozenset[int] = frozenset(),
+    ) -> None:
+        self.target, self.drafter = target, drafter
+        self.sampling, self.verification = sampling, verification
+        self.max_new_tokens, self.stop = max_new_tokens, stop
+        self.rejection = verification == "rejection_sampling" and not sampling.greedy
+        # Target-only verification compares the target's sample with the drafter's most likely token.
+        self.draft_sampling = sampling if self.rejection else Sampling()
+        if drafter is not None:
+            drafter.check_fits(target)
+            target.tap(drafter.target_layer_ids)
+
+    @property
+    def block_size(self) -> int:
+        return self.drafter.block_size if self.drafter else 1
+
+    def decode(self, prompts: Sequence[list[int]], batch_size: int = 1, seed: int = 0) -> Iterator[list[Decoded]]:
+        """Decode in batches of similar prompt length; yields each batch in its prompts' order.
+
+        Raises:
+            PromptError: if a prompt is empty or does not fit the target's context.
+        """
+        for index, prompt in enumerate(prompts):
+            self.check(prompt, index)
+        for start in range(0, len(prompts), batch_size):
+            generator = torch.Generator(self.target.device).manual_seed(seed * 1_000_003 + start)
+            yield self.decode_batch(prompts[start : start + batch_size], generator)
+
+    def check(self, prompt: list[int], index: int = 0) -> None:
+        """Refuse an empty prompt or one without room for the response."""
+        if not prompt:
+            raise PromptError(f"Prompt {index} is empty: give it at least one token.")
+        room = self.target.max_positions - self.max_new_tokens - self.block_size
+        if len(prompt) > room:
+            raise PromptError(
+                f"Prompt {index} has {len(prompt)} tokens; with max_new_tokens={self.max_new_tokens} the target's "
+                f"context of {self.target.max_positions} leaves {max(room, 0)}. Shorten the prompt or max_new_tokens."
+            )
+
+    @torch.no_grad()
+    def decode_batch(self, prompts: Sequence[list[int]], generator: torch.Generator | None = None) -> list[Decoded]:
+        """Decode one batch of checked prompts."""
+        target, drafter, size = self.target, self.drafter, self.block_size
+        device = target.device
+        results = [Decoded(list(p)) for p in prompts]
+        longest = max(len(p) for p in prompts)
+        capacity = longest + self.max_new_tokens + size
+        cache = target.new_cache(capacity)
+        ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
+        for row, prompt in enumerate(prompts):
+            ids[row, : len(prompt)] = torch.tensor(prompt, device=device)
+        anchors = torch.tensor([len(p) for p in prompts], device=device)
+        reading = target.read(ids, cache)
+        last = reading.hidden[torch.arange(len(prompts), device=device), anchors - 1]
+        tokens = self.sampling.choose(target.head.logits(last), generator)
+        state = None
+        if drafter is not None:
+            state = drafter.start(capacity)
+            drafter.observe(state, reading.features, torch.arange(longest, device=device).expand(len(prompts), -1))
+        for result, token in zip(results, tokens.tolist(), strict=True):
+            self._emit(result, [token])
+        rows = list(range(len(prompts)))  # results still decoded, in the batch's order
+        while True:
+            alive = [i for i, row in enumerate(rows) if not results[row].finish]
+            if not alive:
+                return results
+            if len(alive) < len(rows):
+                keep = torch.tensor(alive, device=device)
+                rows, anchors, tokens = [rows[i] for i in alive], anchors[keep], tokens[keep]
+                cache.select(keep)
+                for store in state or []:
+                    store.select(keep)
+            visible = max(len(results[row].tokens) for row in rows) - 1
+            block, probs = self._draft(state, anchors, tokens, visible, generator)
+            positions = anchors[:, None] + torch.arange(size, device=device)
+            reading = target.read(block, cache, positions, visible + size)
+            if drafter is not None:
+                drafter.observe(state, reading.features, positions)
+            verdict = self._verify(block[:, 1:], probs, target.head.logits(reading.hidden), generator)
+            drafted = block[:, 1:].tolist()
+            for i, (n, token) in enumerate(zip(verdict.accepted.tolist(), verdict.token.tolist(), strict=True)):
+                result = results[rows[i]]
+                result.anchors.append(len(result.tokens) - 1)
+                emitted = self._emit(result, [*drafted[i][:n], token])
+                result.accepted.append(min(n, emitted))
+                result.emitted.append(emitted)
+                result.proposals.append(drafted[i])
+            anchors, tokens = anchors + verdict.accepted + 1, verdict.token
+
+    def _draft(
+        self, state: object, anchors: Tensor, tokens: Tensor, visible: int, generator: torch.Generator | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """The block ``[batch, B]``, and the proposals' distributions where verification needs them."""
+        if self.drafter is None:
+            return tokens[:, None], None
+        head, distributions = self.target.head, []
+
+        def choose(hidden: Tensor) -> Tensor:
+            logits = head.logits(hidden)
+            if self.rejection:
+                distributions.append(self.draft_sampling.probabilities(logits)[:, 0])
+            return self.draft_sampling.choose(logits, generator)
+
+        draft = self.drafter.draft(self.target, state, anchors, tokens, visible, choose)
+        probs = torch.cat(distributions, dim=-2) if distributions else None
+        return torch.cat([tokens[:, None], draft.tokens[:, 0]], dim=1), probs
+
+    def _verify(
+        self, proposals: Tensor, probs: Tensor | None, logits: Tensor, generator: torch.Generator | None
+    ) -> Verdict:
+        if probs is not None:
+            return verify_rejection(proposals, probs, self.sampling.probabilities(logits), generator)
+        return verify_matching(proposals, self.sampling.choose(logits, generator))
+
+    def _emit(self, result: Decoded, tokens: list[int]) -> int:
+        """Append tokens up to a stop token or the limit; says how many were kept."""
+        room = self.max_new_tokens - len(result.response)
+        kept = tokens[:room]
+        stopped = next((i for i, token in enumerate(kept) if token in self.stop), None)
+        if stopped is not None:
+            kept = kept[: stopped + 1]
+        result.response += kept
+        if stopped is not None:
+            result.finish = "stop"
+        elif len(result.response) >= self.max_new_tokens:
+            result.finish = "length"
+        return len(kept)

@@ -1,0 +1,29 @@
+"""Errors a user can act on. Each says what was found, what was expected and what to do."""
+
+
+class DraftOPDError(Exception):
+    """Base of all errors that end a command with one clear message instead of a traceback."""
+
+
+class TargetError(DraftOPDError):
+    """The target cannot be loaded or used."""
+
+
+class DrafterError(DraftOPDError):
+    """The drafter cannot be loaded, or does not fit the target."""
+
+
+class PromptError(DraftOPDError):
+    """A prompt or a prompt file cannot be used."""
+
+
+class BufferError(DraftOPDError):
+    """The anchor buffer cannot be read or written."""
+
+
+class ConfigError(DraftOPDError):
+    """The composed configuration holds a wrong name or value."""
+
+
+class NumericsError(DraftOPDError):
+    """A loss or gradient is not finite."""

@@ -1,0 +1,260 @@
+"""The frozen target: loading, tapped hidden states, block scoring."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+
+from draftopd.decoding.cache import ContextCache, PositionCache
+from draftopd.errors import TargetError
+from draftopd.targets.head import LMHead
+
+#: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
+MAX_BLOCK_QUERIES = 1024
+
+
+class Reading(NamedTuple):
+    """What one target forward yields.
+
+    ``hidden [batch, n, hidden]``: after the final norm, ready for the LM head.
+    ``features [batch, n, taps * hidden]``: outputs of the tapped layers, side by side.
+    """
+
+    hidden: Tensor
+    features: Tensor
+
+
+class Target(nn.Module):
+    """A causal LM that is only read: always in eval mode, never trained.
+
+    Args:
+        model: a transformers causal LM with full attention in every layer.
+        taps: indices of the layers whose outputs the drafter reads; ``i`` is the output of layer ``i``.
+
+    Raises:
+        TargetError: if a tap lies outside the model or a layer is not full attention.
+    """
+
+    def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
+        super().__init__()
+        self.model = model.eval().requires_grad_(False)
+        self.config = model.config.get_text_config()
+        self.body = model.get_decoder()
+        self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
+        self._check_attention()
+        # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
+        names = inspect.signature(type(self.body).forward).parameters
+        self._cache_argument = "cache" if "cache" in names else "past_key_values"
+        self._tapped: dict[int, Tensor] = {}
+        self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self.taps: tuple[int, ...] = ()
+        self.tap(taps)
+
+    @classmethod
+    def load(
+        cls,
+        path: str,
+        dtype: str = "auto",
+        device: str | None = None,
+        device_map: str | None = None,
+        attn_implementation: str = "sdpa",
+        revision: str | None = None,
+        trust_remote_code: bool = False,
+    ) -> Target:
+        """Load a causal LM from a local directory or the model hub.
+
+        Raises:
+            TargetError: if it cannot be had, with what to do instead.
+        """
+        options = {"revision": revision, "trust_remote_code": trust_remote_code}
+        path = resolve(path)
+        try:
+            config = AutoConfig.from_pretrained(path, **options)
+            model = AutoModelForCausalLM.from_pretrained(
+                path, config=config, dtype=dtype, device_map=device_map,
+                attn_implementation=attn_implementation, **options,
+            )  # fmt: skip
+        except (OSError, ValueError, KeyError) as error:
+            raise TargetError(_unavailable(path, error)) from error
+        target = cls(model)
+        return target.to(device) if device else target
+
+    def tap(self, layers: tuple[int, ...]) -> Target:
+        """Choose the layers whose outputs later readings carry; only these are kept."""
+        blocks = self.body.layers
+        wrong = [i for i in layers if not 0 <= i < len(blocks)]
+        if wrong:
+            raise TargetError(
+                f"The drafter reads target layers {wrong}, but the target has layers 0 to {len(blocks) - 1}: "
+                "use a drafter trained for this target, or other drafter.target_layer_ids."
+            )
+        for hook in self._hooks:
+            hook.remove()
+        self.taps = tuple(layers)
+        self._hooks = [blocks[i].register_forward_hook(self._keep(i)) for i in self.taps]
+        return self
+
+    def train(self, mode: bool = True) -> Target:
+        """Stay in eval mode whatever the surrounding module does."""
+        return super().train(False)
+
+    @property
+    def hidden_size(self) -> int:
+        return self.config.hidden_size
+
+    @property
+    def vocab_size(self) -> int:
+        return self.head.weight.shape[0]
+
+    @property
+    def num_layers(self) -> int:
+        return len(self.body.layers)
+
+    @property
+    def max_positions(self) -> int:
+        return int(self.config.max_position_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.head.weight.dtype
+
+    def embed(self, ids: Tensor) -> Tensor:
+        """Input embeddings ``[..., hidden]`` of token ids ``[...]``."""
+        return self.model.get_input_embeddings()(ids)
+
+    def new_cache(self, capacity: int) -> PositionCache:
+        """An empty cache for sequences up to ``capacity`` tokens."""
+        return PositionCache(capacity, self.num_layers)
+
+    @torch.no_grad()
+    def read(self, ids: Tensor, cache: PositionCache, positions: Tensor | None = None, visible: int | None = None) -> Reading:
+        """Read tokens and remember them in the cache.
+
+        Args:
+            ids: ``[batch, n]``; rows may be padded on the right.
+            cache: filled at ``positions``; entries at later positions count as absent.
+            positions: ``[batch, n]`` absolute positions; default ``0..n-1``, for a fresh cache.
+            visible: one more than the largest position; default for a fresh cache ``n``.
+        """
+        if positions is None:
+            positions = torch.arange(ids.shape[1], device=ids.device)
+            visible = ids.shape[1]
+        assert visible is not None
+        keys = torch.arange(visible, device=ids.device)
+        allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
+        rows = positions.expand(ids.shape)
+        return self._forward(ids, rows, allowed, cache.at(positions, visible))
+
+    @torch.no_grad()
+    def score_blocks(self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor) -> Tensor:
+        """The target's states along many blocks at once, over one cached context.
+
+        Slot ``j`` of the block at anchor ``a`` stands at position ``a + j`` and sees the recorded
+        tokens before ``a`` and its own block up to ``j``. No recorded token is computed again.
+
+        Args:
+            cache: the recorded sequences, as left by :meth:`read`.
+            length: number of recorded positions in the cache.
+            anchors: ``[batch, A]`` anchor positions.
+            tokens: ``[batch, A, n]`` block tokens, the anchor's first.
+
+        Returns:
+            ``[batch, A, n, hidden]``, after the final norm: slot ``j`` predicts position ``a + j + 1``.
+        """
+        batch, _, n = tokens.shape
+        chunk = max(1, MAX_BLOCK_QUERIES // n)
+        context = ContextCache(cache, length)
+        scored = []
+        for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
+            positions = (a[..., None] + torch.arange(n, device=a.device)).flatten(1)
+            allowed = torch.cat([_before(a, length, n), _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)], -1)
+            reading = self._forward(t.flatten(1), positions, allowed, context)
+            scored.append(reading.hidden.unflatten(1, (-1, n)))
+        return torch.cat(scored, 1)
+
+    def _forward(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: PositionCache | ContextCache) -> Reading:
+        allowed = allowed.expand(ids.shape[0], -1, -1)[:, None]
+        # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=ids.device)
+        mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+        self._tapped.clear()
+        output = self.body(
+            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
+        )
+        features = [self._tapped.pop(i) for i in self.taps]
+        hidden = output.last_hidden_state
+        return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
+
+    def _keep(self, layer: int):
+        def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
+            self._tapped[layer] = output if isinstance(output, Tensor) else output[0]
+
+        return hook
+
+    def _check_attention(self) -> None:
+        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        if kinds != {"full_attention"}:
+            raise TargetError(
+                f"The target has {', '.join(sorted(kinds - {'full_attention'}))} layers, which block scoring does "
+                "not cover: use a target whose layers are all full attention."
+            )
+
+
+def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """The tokenizer beside a target.
+
+    Raises:
+        TargetError: if it cannot be had.
+    """
+    path = resolve(path)
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    except (OSError, ValueError, KeyError) as error:
+        raise TargetError(_unavailable(path, error)) from error
+
+
+def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+    """The token ids that end a response: the generation config's, and the tokenizer's own."""
+    found = getattr(target.model.generation_config, "eos_token_id", None)
+    ids = set(found if isinstance(found, list) else [] if found is None else [found])
+    if tokenizer.eos_token_id is not None:
+        ids.add(int(tokenizer.eos_token_id))
+    return frozenset(ids)
+
+
+def resolve(path: str) -> str:
+    """A path as transformers takes it; ``bundled:NAME`` names a directory inside the package."""
+    if path.startswith("bundled:"):
+        return str(Path(__file__).parent.parent / "assets" / path.removeprefix("bundled:"))
+    return path
+
+
+def _before(anchors: Tensor, length: int, n: int) -> Tensor:
+    """``[batch, A * n, length]``: which recorded positions each block slot sees."""
+    keys = torch.arange(length, device=anchors.device)
+    return (keys < anchors[..., None]).repeat_interleave(n, dim=1)
+
+
+def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
+    """``[1, blocks * n, blocks * n]``: each slot sees its own block up to itself."""
+    causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
+    return torch.block_diag(*[causal] * blocks)[None].bool()
+
+
+def _unavailable(path: str, error: Exception) -> str:
+    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    if Path(path).exists():
+        return f"The target in {path} could not be loaded: {reason}"
+    return (
+        f"The target {path} could not be had: it is not a local directory and the model hub did not give it "
+        f"({type(error).__name__}). Pass target.path=DIR to use a local copy."
+    )
