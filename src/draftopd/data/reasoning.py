@@ -93,7 +93,7 @@ def problems(split: Split, count: int, seed: int = 0, start: int = 0) -> Iterato
 def read_answer(response: str) -> int | None:
     """The last whole number after the thinking part, or None where there is none."""
     visible = response.rsplit("</think>", 1)[-1]
-    words = "".join(c if c.isdigit() else " " for c in visible).split()
+    words = "".join(c if c.isdecimal() else " " for c in visible).split()
     return int(words[-1]) if words else None
 
 

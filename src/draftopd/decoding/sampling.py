@@ -26,7 +26,7 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.temperature < 0:
+        if not self.temperature >= 0:  # so that NaN is refused too
             raise ValueError(f"temperature must be 0 (greedy) or more, found {self.temperature}.")
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, found {self.top_k}.")

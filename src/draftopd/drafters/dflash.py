@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import Qwen3Config
+from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -30,11 +30,28 @@ Rotary = tuple[Tensor, Tensor]
 
 
 def default_target_layers(drafter_layers: int, target_layers: int) -> tuple[int, ...]:
-    """Which target layers to tap: the middle one, or points spread evenly from 1 to N - 3."""
-    if drafter_layers == 1:
+    """Which target layers to tap: the middle one, or points spread evenly from 1 to N - 3.
+
+    Targets too shallow for distinct points are tapped at fewer.
+    """
+    if drafter_layers == 1 or target_layers < 5:
         return (target_layers // 2,)
     last = target_layers - 3
-    return tuple(round(1 + i * (last - 1) / (drafter_layers - 1)) for i in range(drafter_layers))
+    spread = (round(1 + i * (last - 1) / (drafter_layers - 1)) for i in range(drafter_layers))
+    return tuple(dict.fromkeys(spread))
+
+
+def unused_token(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
+    """A token for the slots to be proposed: the tokenizer's mask token, else the first id it does not use.
+
+    For Qwen3 that is 151669, as in the public DFlash checkpoints. Where the tokenizer uses every id,
+    padding serves.
+    """
+    if tokenizer.mask_token_id is not None:
+        return int(tokenizer.mask_token_id)
+    if len(tokenizer) < target.vocab_size:
+        return len(tokenizer)
+    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
 class DFlashAttention(nn.Module):
@@ -156,6 +173,33 @@ class DFlashDrafter(Drafter):
                 nn.init.normal_(module.weight, std=config.initializer_range)
         drafter.check_fits(target)
         return drafter
+
+    @classmethod
+    def build(
+        cls,
+        target: Target,
+        tokenizer: PreTrainedTokenizerBase,
+        checkpoint: str | None = None,
+        num_layers: int = 5,
+        block_size: int | None = None,
+        mask_token_id: int | None = None,
+        target_layer_ids: list[int] | None = None,
+        intermediate_size: int | None = None,
+    ) -> DFlashDrafter:
+        """The drafter of a checkpoint, or a fresh one, checked against the target.
+
+        Args:
+            checkpoint: directory in the public DFlash layout; None starts fresh with the other arguments.
+            block_size: with a checkpoint, replaces the one it was trained with.
+        """
+        if checkpoint is not None:
+            drafter = cls.load(checkpoint)
+            drafter.block_size = block_size or drafter.block_size
+            drafter.check_fits(target)
+            return drafter
+        taps = tuple(target_layer_ids) if target_layer_ids else None
+        mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
+        return cls.for_target(target, num_layers, block_size or 16, mask, taps, intermediate_size)
 
     @classmethod
     def load(cls, directory: str | Path) -> DFlashDrafter:

@@ -172,7 +172,7 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="directory for the model, and for resuming")
-    parser.add_argument("--steps", type=int, default=3000, help="optimizer steps")
+    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     args = parser.parse_args()

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
@@ -75,12 +76,17 @@ class Target(nn.Module):
         path = resolve(path)
         try:
             config = AutoConfig.from_pretrained(path, **options)
-            model = AutoModelForCausalLM.from_pretrained(
+            model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, device_map=device_map,
-                attn_implementation=attn_implementation, **options,
+                attn_implementation=attn_implementation, output_loading_info=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError) as error:
+        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
             raise TargetError(_unavailable(path, error)) from error
+        if report["missing_keys"]:
+            # transformers only warns, and goes on with random weights.
+            raise TargetError(
+                f"The target {path} lacks the tensors {sorted(report['missing_keys'])[:4]}: copy or download it again."
+            )
         target = cls(model)
         return target.to(device) if device else target
 
@@ -190,7 +196,8 @@ class Target(nn.Module):
         output = self.body(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
         )
-        features = [self._tapped.pop(i) for i in self.taps]
+        features = [self._tapped[i] for i in self.taps]
+        self._tapped.clear()
         hidden = output.last_hidden_state
         return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
 
@@ -201,7 +208,9 @@ class Target(nn.Module):
         return hook
 
     def _check_attention(self) -> None:
-        kinds = set(getattr(self.config, "layer_types", None) or ["full_attention"])
+        # Mistral and its kin name no layer types; a window holds for all their layers.
+        windowed = getattr(self.config, "sliding_window", None) is not None
+        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
         if kinds != {"full_attention"}:
             raise TargetError(
                 f"The target has {', '.join(sorted(kinds - {'full_attention'}))} layers, which block scoring does "
@@ -252,8 +261,8 @@ def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
 
 def _unavailable(path: str, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(path).exists():
-        return f"The target in {path} could not be loaded: {reason}"
+    if Path(path).exists() or not isinstance(error, OSError):
+        return f"The target {path} could not be loaded: {reason}"
     return (
         f"The target {path} could not be had: it is not a local directory and the model hub did not give it "
         f"({type(error).__name__}). Pass target.path=DIR to use a local copy."

@@ -1,0 +1,91 @@
+"""The command line around Hydra: clear errors instead of tracebacks, nothing heavy imported early."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.errors import HydraException
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+
+def run(main: Callable[[], None], configs: Path, name: str) -> None:
+    """Check the overrides of ``sys.argv``, then hand over to the Hydra application ``main``.
+
+    A wrong group option or key ends here with the nearest valid one.
+    """
+    flags = [a for a in sys.argv[1:] if a.startswith("-")]
+    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
+    if not flags:
+        problem = _problem(configs, name, overrides)
+        if problem:
+            sys.exit(f"Error: {problem}")
+    main()
+
+
+def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
+    """Run a command; an error the user can act on is printed as one message, with exit status 1."""
+    from draftopd.cli.check import check
+    from draftopd.errors import ConfigError, DraftOPDError
+
+    try:
+        try:
+            resolved = OmegaConf.to_container(config, resolve=True)
+        except OmegaConfBaseException as error:
+            raise ConfigError(str(error).splitlines()[0]) from error
+        check(resolved)
+        action(config)
+    except DraftOPDError as error:
+        sys.exit(f"Error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("Stopped. What was written before is intact; the same command with the same hydra.run.dir continues.")
+
+
+def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
+    """What is wrong with the overrides, or None."""
+    from draftopd.cli.nearest import nearest
+
+    groups = {path.name for path in configs.iterdir() if path.is_dir()}
+    chosen = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
+    for override in chosen:
+        group, _, option = override.lstrip("+~").partition("=")
+        options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
+        if option and option not in options | {"null"} and "," not in option:
+            return f"{group}={option} does not exist: {nearest(option, options)}"
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            base = compose(name, chosen)
+            known = _keys(base)
+            for override in overrides:
+                key = override.split("=")[0]
+                if override in chosen or key.startswith(("+", "~", "hydra.")):
+                    continue
+                if "=" not in override:
+                    return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {', '.join(sorted(groups))}."
+                if key not in known:
+                    return f"{key} is no configuration key: {nearest(key, known | groups)}"
+            compose(name, overrides)
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        return re.sub(r"\s+", " ", " ".join(lines[:2]))
+    finally:
+        GlobalHydra.instance().clear()
+    return None
+
+
+def _keys(config: DictConfig, prefix: str = "") -> set[str]:
+    """All dotted keys of a configuration."""
+    keys = set()
+    for key in config:
+        path = f"{prefix}{key}"
+        keys.add(path)
+        if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
+            child = config[key]
+            if isinstance(child, DictConfig):
+                keys |= _keys(child, f"{path}.")
+    return keys

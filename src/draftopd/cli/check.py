@@ -1,0 +1,91 @@
+"""Names and types of a composed configuration, checked before anything is loaded."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from collections.abc import Callable
+from typing import Any, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic.errors import PydanticSchemaGenerationError, PydanticUndefinedAnnotation, PydanticUserError
+
+from draftopd.cli.nearest import nearest
+from draftopd.errors import ConfigError
+
+
+def check(config: Any, path: str = "") -> None:
+    """Compare every ``_target_`` node with the signature of what it names.
+
+    Raises:
+        ConfigError: naming the key, what was found, and what fits.
+    """
+    if isinstance(config, list):
+        for index, item in enumerate(config):
+            check(item, f"{path}[{index}]")
+    if not isinstance(config, dict):
+        return
+    if "_target_" in config:
+        _check_call(config, path)
+    for key, value in config.items():
+        check(value, f"{path}.{key}" if path else str(key))
+
+
+def _check_call(node: dict[str, Any], path: str) -> None:
+    called = _locate(node["_target_"], path)
+    parameters = inspect.signature(called).parameters
+    hints = _hints(called)
+    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    for key, value in node.items():
+        if key.startswith("_"):
+            continue
+        if key not in parameters:
+            if open_ended:
+                continue
+            raise ConfigError(f"{path}.{key} is no option of {node['_target_']}: {nearest(key, parameters)}")
+        if isinstance(value, dict) and "_target_" in value:
+            continue
+        _check_value(value, hints.get(key, Any), f"{path}.{key}")
+
+
+def _check_value(value: Any, hint: Any, path: str) -> None:
+    if value == "???":
+        raise ConfigError(f"{path} must be given: {path}=VALUE.")
+    try:
+        adapter = TypeAdapter(hint, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        adapter = TypeAdapter(hint)  # types that carry a configuration of their own
+    except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
+        return
+    try:
+        adapter.validate_python(value)
+    except ValidationError as error:
+        first = error.errors()[0]
+        if first["type"] in ("is_instance_of", "callable_type"):
+            return
+        wanted = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+        raise ConfigError(f"{path}={value!r} does not fit {wanted}: {first['msg']}.") from error
+
+
+def _locate(name: str, path: str) -> Callable[..., Any]:
+    """The object a dotted name points to, attributes of classes included."""
+    parts = name.split(".")
+    for cut in range(len(parts) - 1, 0, -1):
+        try:
+            found: Any = importlib.import_module(".".join(parts[:cut]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for part in parts[cut:]:
+                found = getattr(found, part)
+        except AttributeError:
+            break
+        return found  # type: ignore[no-any-return]
+    raise ConfigError(f"{path}._target_={name} names nothing that can be imported: check the spelling.")
+
+
+def _hints(called: Callable[..., Any]) -> dict[str, Any]:
+    try:
+        return get_type_hints(called.__init__ if inspect.isclass(called) else called)  # type: ignore[misc]
+    except (NameError, TypeError):
+        return {}

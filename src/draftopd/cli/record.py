@@ -1,0 +1,50 @@
+"""What a run was: configuration, code, versions, seed."""
+
+from __future__ import annotations
+
+import json
+import platform
+import subprocess
+import sys
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from draftopd.files import replaced
+
+PACKAGES = ("draftopd", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "liger-kernel")
+
+
+def write_record(directory: Path, config: DictConfig) -> None:
+    """Write ``config.yaml`` (composed, resolved) and ``run.json`` beside the checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with replaced(directory / "config.yaml") as partial:
+        partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+    record = {
+        "command": sys.argv,
+        "seed": config.seed,
+        "git": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "python": platform.python_version(),
+        "versions": {name: _version(name) for name in PACKAGES},
+    }
+    with replaced(directory / "run.json") as partial:
+        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+
+def _git(*arguments: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", *arguments], cwd=Path(__file__).parent, capture_output=True, text=True, timeout=10, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None

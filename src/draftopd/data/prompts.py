@@ -1,0 +1,180 @@
+"""Prompts: where they come from and how they become token ids."""
+
+from __future__ import annotations
+
+import json
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+from transformers import PreTrainedTokenizerBase
+
+from draftopd.data.reasoning import Split, problem
+from draftopd.errors import PromptError
+
+#: One conversation in the chat template's form.
+Messages = list[dict[str, str]]
+
+
+class PromptSource(Protocol):
+    """Conversations by index; sources without an end serve any index, others start over."""
+
+    def messages(self, index: int) -> Messages: ...
+
+
+class ReasoningPrompts:
+    """The bundled, unlimited reasoning problems."""
+
+    def __init__(self, split: Split = "train", seed: int = 0) -> None:
+        self.split: Split = split
+        self.seed = seed
+
+    def messages(self, index: int) -> Messages:
+        return [{"role": "user", "content": problem(self.split, index, self.seed).question}]
+
+
+class ListedPrompts:
+    """A finite list of conversations, served in an order shuffled anew each round.
+
+    Raises:
+        PromptError: if the list is empty.
+    """
+
+    def __init__(self, conversations: Sequence[Messages], seed: int = 0, name: str = "the prompt list") -> None:
+        if not conversations:
+            raise PromptError(f"{name} holds no prompts: give at least one.")
+        self.conversations = conversations
+        self.seed = seed
+
+    def __len__(self) -> int:
+        return len(self.conversations)
+
+    def messages(self, index: int) -> Messages:
+        round_, place = divmod(index, len(self.conversations))
+        order = list(range(len(self.conversations)))
+        random.Random(f"draftopd/prompts/{self.seed}/{round_}").shuffle(order)
+        return self.conversations[order[place]]
+
+
+class JsonlPrompts(ListedPrompts):
+    """Prompts of a JSON-lines file, one object a line with ``messages`` (chat form) or a text field.
+
+    Args:
+        path: the file, UTF-8.
+        field: the text field, taken as the user's turn where there are no ``messages``.
+        limit: read at most this many.
+
+    Raises:
+        PromptError: naming file, line and what is wrong with it.
+    """
+
+    def __init__(self, path: str, field: str = "prompt", limit: int | None = None, seed: int = 0) -> None:
+        super().__init__(read_jsonl(Path(path), field, limit), seed, name=path)
+
+
+class HubPrompts(ListedPrompts):
+    """A mixture of hub datasets, each ``{path, name, split, field, count}``; needs ``pip install datasets``.
+
+    Raises:
+        PromptError: if ``datasets`` is not installed, a dataset cannot be had, or a field is missing.
+    """
+
+    def __init__(self, sources: Sequence[dict[str, Any]], seed: int = 0) -> None:
+        conversations = [m for source in sources for m in _from_hub(source, seed)]
+        super().__init__(conversations, seed, name="the dataset mixture")
+
+
+def read_jsonl(path: Path, field: str, limit: int | None = None) -> list[Messages]:
+    """See :class:`JsonlPrompts`."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError as error:
+        raise PromptError(f"No prompt file {path}: give data.path an existing JSON-lines file.") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
+    conversations = []
+    for number, line in enumerate(lines, start=1):
+        if len(conversations) == limit:
+            break
+        if line.strip():
+            conversations.append(_parse(line, field, f"{path}, line {number}"))
+    return conversations
+
+
+def _parse(line: str, field: str, where: str) -> Messages:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise PromptError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
+    if not isinstance(row, dict):
+        raise PromptError(f"{where} holds a {type(row).__name__}, expected an object with {field!r} or 'messages'.")
+    if "messages" in row:
+        messages = row["messages"]
+        good = isinstance(messages, list) and messages and all(
+            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        )
+        if not good:
+            raise PromptError(f"{where}: 'messages' must be a list of objects with text 'role' and 'content'.")
+        return [{"role": m["role"], "content": m["content"]} for m in messages]
+    text = row.get(field)
+    if not isinstance(text, str) or not text.strip():
+        raise PromptError(f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set data.field.")
+    return [{"role": "user", "content": text}]
+
+
+def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
+    try:
+        from datasets import load_dataset
+    except ImportError as error:
+        raise PromptError("Hub datasets need the datasets package: pip install datasets.") from error
+    path, field = source["path"], source["field"]
+    try:
+        rows = load_dataset(path, source.get("name"), split=source.get("split", "train"))
+    except Exception as error:
+        raise PromptError(
+            f"The dataset {path} could not be had ({type(error).__name__}). Use data=jsonl data.path=FILE for a local copy."
+        ) from error
+    if field not in rows.column_names:
+        raise PromptError(f"The dataset {path} has no field {field!r}, only {', '.join(rows.column_names)}.")
+    rows = rows.shuffle(seed=seed)
+    count = min(int(source.get("count", len(rows))), len(rows))
+    return [[{"role": "user", "content": str(row[field])}] for row in rows.select(range(count))]
+
+
+class PromptEncoder:
+    """Conversations to token ids through the tokenizer's chat template.
+
+    Args:
+        thinking: the template's ``enable_thinking``.
+        max_tokens: longest prompt kept.
+    """
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, thinking: bool = True, max_tokens: int = 512) -> None:
+        if tokenizer.chat_template is None:
+            raise PromptError(
+                f"The tokenizer of {tokenizer.name_or_path} has no chat template: use an instruction-tuned target."
+            )
+        self.tokenizer, self.thinking, self.max_tokens = tokenizer, thinking, max_tokens
+
+    def encode(self, messages: Messages) -> list[int]:
+        """Token ids up to and including the assistant's opening."""
+        encoded = self.tokenizer.apply_chat_template(
+            messages, add_generation_prompt=True, enable_thinking=self.thinking, return_dict=True
+        )
+        return list(encoded["input_ids"])
+
+    def take(self, source: PromptSource, start: int, count: int) -> list[list[int]]:
+        """The ``count`` prompts from ``start`` on, those longer than ``max_tokens`` left out.
+
+        Raises:
+            PromptError: if none is short enough.
+        """
+        prompts = [self.encode(source.messages(index)) for index in range(start, start + count)]
+        kept = [p for p in prompts if len(p) <= self.max_tokens]
+        if not kept:
+            raise PromptError(
+                f"All {count} prompts are longer than data.max_prompt_tokens={self.max_tokens} "
+                f"(the shortest has {min(map(len, prompts))}): raise it or use other prompts."
+            )
+        return kept

@@ -1,0 +1,72 @@
+"""Per-slot losses over the full vocabulary without ever holding ``[positions, vocabulary]``.
+
+Value and gradient are computed together, chunk by chunk; what stays is the value ``[n]`` and the
+gradient with respect to the drafter's states ``[n, hidden]``. The head is frozen and gets none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from draftopd.losses.blocks import Head
+
+#: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]``, differentiable in its first argument.
+SlotFunction = Callable[..., Tensor]
+
+#: Logits held at once, in elements (float32): 64 MiB a copy.
+CHUNK_ELEMENTS = 2**24
+
+
+def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chunk: int | None = None) -> Tensor:
+    """``fn`` of every slot's logits, ``[n]`` in float32.
+
+    Args:
+        fn: the loss of one slot from its logits; slots must not mix.
+        student: ``[n, hidden]``; receives the gradient.
+        head: the frozen LM head.
+        extras: tensors ``[n, ...]`` handed to ``fn`` with the logits; they get no gradient.
+        chunk: slots at once; default as many as :data:`CHUNK_ELEMENTS` allows.
+    """
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    result: Tensor = _PerSlot.apply(student, fn, head, chunk, *extras)
+    return result
+
+
+class _PerSlot(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, student: Tensor, fn: SlotFunction, head: Head, chunk: int, *extras: Tensor) -> Tensor:
+        values = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
+        wanted = ctx.needs_input_grad[0]
+        gradient = torch.empty_like(student) if wanted else None
+        for start in range(0, student.shape[0], chunk):
+            part = slice(start, start + chunk)
+            states = student[part].detach().requires_grad_(wanted)
+            with torch.set_grad_enabled(wanted):
+                value = fn(head.logits(states), *(extra[part] for extra in extras))
+                total = value.sum()
+            values[part] = value.detach()
+            if gradient is not None:
+                gradient[part] = torch.autograd.grad(total, states)[0]
+        if gradient is not None:
+            ctx.save_for_backward(gradient)
+        ctx.extras = len(extras)
+        return values
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        (gradient,) = ctx.saved_tensors
+        return (gradient * grads[0][:, None].to(gradient.dtype), *[None] * (3 + ctx.extras))
+
+
+def best_tokens(hidden: Tensor, head: Head, chunk: int | None = None) -> Tensor:
+    """The head's argmax token ``[...]`` at every state ``[..., hidden]``, in chunks."""
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    flat = hidden.detach().flatten(0, -2)
+    with torch.no_grad():
+        return torch.cat([head.logits(part).argmax(-1) for part in flat.split(chunk)]).view(hidden.shape[:-1])

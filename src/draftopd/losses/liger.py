@@ -1,0 +1,34 @@
+"""liger-kernel's fused kernels, where their semantics fit: on a GPU, with the package installed.
+
+Only cross entropy fits: nothing in liger-kernel fuses forward or reverse KL with a weight per token
+over a frozen head, so the divergences stay with :mod:`draftopd.losses.chunked`.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from importlib.util import find_spec
+
+from torch import Tensor
+
+from draftopd.losses.blocks import Head
+
+
+@cache
+def installed() -> bool:
+    """Whether liger-kernel and the triton it needs can be imported."""
+    return find_spec("liger_kernel") is not None and find_spec("triton") is not None
+
+
+def fits(student: Tensor) -> bool:
+    """Whether the fused kernel can take these states."""
+    return student.is_cuda and installed()
+
+
+def cross_entropy(student: Tensor, head: Head, labels: Tensor) -> Tensor:
+    """``-log q(label)`` a slot: ``[n, hidden], [n] -> [n]``; the head gets no gradient."""
+    from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
+
+    fused = LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=head.softcap)
+    values: Tensor = fused(head.weight, student.to(head.weight.dtype), labels)
+    return values

@@ -1,0 +1,71 @@
+"""How drafter and target compare slot by slot: overlap, entropies, expected accepted length."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.chunked import CHUNK_ELEMENTS
+
+
+def slot_agreement(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
+    """Overlap ``sum_v min(p, q)``, entropy of the drafter and of the target (nats), each ``[N, K]``.
+
+    Raises:
+        ValueError: if the blocks were not scored by the target.
+    """
+    if blocks.teacher is None:
+        raise ValueError("The blocks carry no teacher states: replay with score=True.")
+    student, teacher = blocks.student.detach().flatten(0, 1), blocks.teacher.flatten(0, 1)
+    chunk = max(1, CHUNK_ELEMENTS // blocks.head.weight.shape[0])
+    parts = []
+    with torch.no_grad():
+        for s, t in zip(student.split(chunk), teacher.split(chunk), strict=True):
+            log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.head.logits(t).log_softmax(-1)
+            q, p = log_q.exp(), log_p.exp()
+            parts.append(torch.stack([torch.minimum(p, q).sum(-1), -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
+    overlap, draft, target = torch.cat(parts, dim=1).view(3, *blocks.proposals.shape)
+    return overlap, draft, target
+
+
+def expected_accepted_length(overlap: Tensor) -> Tensor:
+    """``sum_k prod_{j<=k} overlap_j``: ``[N, K] -> [N]``, under rejection sampling (arXiv 2606.12370).
+
+    Example:
+        >>> expected_accepted_length(torch.tensor([[0.5, 0.5]]))
+        tensor([0.7500])
+    """
+    return overlap.cumprod(-1).sum(-1)
+
+
+class Agreement(Metric):
+    """Means over valid slots and blocks: ``expected_accepted_length, draft_entropy, target_entropy``."""
+
+    full_state_update = False
+    sums: Tensor
+    slots: Tensor
+    blocks: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("slots", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        self.add_state("blocks", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+
+    def update(self, blocks: Blocks) -> None:
+        overlap, draft, target = slot_agreement(blocks)
+        valid = blocks.valid.float()
+        # A slot after the proposed end of the text accepts nothing.
+        length = expected_accepted_length(overlap * valid).sum()
+        self.sums += torch.stack([length, (draft * valid).sum(), (target * valid).sum()]).double()
+        self.slots += valid.sum()
+        self.blocks += len(overlap)
+
+    def compute(self) -> dict[str, Tensor]:
+        return {
+            "expected_accepted_length": self.sums[0] / self.blocks,
+            "draft_entropy": self.sums[1] / self.slots,
+            "target_entropy": self.sums[2] / self.slots,
+        }

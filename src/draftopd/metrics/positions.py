@@ -1,0 +1,65 @@
+"""Where in the block proposals are accepted, and where the first rejection falls."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+
+def accepted_length_counts(accepted: Tensor, slots: int) -> Tensor:
+    """How many blocks accepted ``0..slots`` proposals: ``[N] -> [slots + 1]``.
+
+    Example:
+        >>> accepted_length_counts(torch.tensor([0, 2, 2]), slots=2)
+        tensor([1, 0, 2])
+    """
+    return torch.bincount(accepted.flatten().long().cpu(), minlength=slots + 1)
+
+
+class _AcceptedLengths(Metric):
+    """Counts of accepted lengths, the state both metrics below are read from."""
+
+    full_state_update = False
+    counts: Tensor
+
+    def __init__(self, slots: int) -> None:
+        super().__init__()
+        self.slots = slots
+        self.add_state("counts", torch.zeros(slots + 1, dtype=torch.long), dist_reduce_fx="sum")
+
+    def update(self, accepted: Tensor) -> None:
+        """Add blocks by their accepted lengths ``[...]``, 0..slots."""
+        self.counts += accepted_length_counts(accepted, self.slots).to(self.counts.device)
+
+
+class AcceptanceByPosition(_AcceptedLengths):
+    """Acceptance rate of each block position, ``[slots]``: of the blocks that got there, how many went on.
+
+    Entry ``k`` is the share of blocks accepting proposal ``k + 1`` among those that accepted all before
+    it; NaN where no block got there.
+
+    Example:
+        >>> metric = AcceptanceByPosition(slots=2)
+        >>> metric.update(torch.tensor([0, 1, 2, 2]))
+        >>> metric.compute()
+        tensor([0.7500, 0.6667])
+    """
+
+    def compute(self) -> Tensor:
+        at_least = self.counts.flip(0).cumsum(0).flip(0).float()
+        return at_least[1:] / at_least[:-1]
+
+
+class RejectionPosition(_AcceptedLengths):
+    """Histogram of the rejection position ``1..slots``; the last entry counts fully accepted blocks.
+
+    Example:
+        >>> metric = RejectionPosition(slots=2)
+        >>> metric.update(torch.tensor([0, 1, 2, 2]))
+        >>> metric.compute()
+        tensor([1, 1, 2])
+    """
+
+    def compute(self) -> Tensor:
+        return self.counts

@@ -1,0 +1,164 @@
+"""The LightningModule: a trainable drafter beside its frozen target."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import lightning as L
+import torch
+from torch import Tensor
+
+from draftopd.decoding.generate import Decoder
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verification
+from draftopd.drafters.base import Drafter
+from draftopd.errors import NumericsError
+from draftopd.losses.base import Loss
+from draftopd.metrics.acceptance_length import AcceptanceLength
+from draftopd.metrics.agreement import Agreement
+from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+from draftopd.replay import ReplayBatch, replay
+from draftopd.stopwatch import Stopwatch
+from draftopd.targets.target import Target
+
+
+class DraftModule(L.LightningModule):
+    """Replays recorded anchors with the drafter, distils from the target, decodes to validate.
+
+    Args:
+        target: frozen; kept out of checkpoints.
+        drafter: trained.
+        loss: see :mod:`draftopd.losses.base`.
+        sampling: how replayed proposals are chosen and accepted, as in the rollout.
+        stop: token ids that end a response.
+        learning_rate: peak of AdamW's rate.
+        weight_decay, betas: AdamW's.
+        warmup: share of all steps over which the rate rises from 0.
+        final_rate: share of the peak that the cosine ends at.
+        max_new_tokens: response limit in validation.
+        verification: acceptance rule in validation above temperature 0.
+        seed: of proposals drawn above temperature 0.
+    """
+
+    def __init__(
+        self,
+        target: Target,
+        drafter: Drafter,
+        loss: Loss,
+        sampling: Sampling,
+        stop: frozenset[int],
+        learning_rate: float = 3e-4,
+        weight_decay: float = 0.0,
+        betas: tuple[float, float] = (0.9, 0.95),
+        warmup: float = 0.05,
+        final_rate: float = 0.0,
+        max_new_tokens: int = 256,
+        verification: Verification = "rejection_sampling",
+        seed: int = 0,
+    ) -> None:
+        super().__init__()
+        drafter.check_fits(target)
+        self.target = target.tap(drafter.target_layer_ids)
+        self.drafter = drafter
+        self.loss = loss
+        self.sampling, self.stop, self.verification = sampling, stop, verification
+        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
+        self.warmup, self.final_rate = warmup, final_rate
+        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.strict_loading = False  # checkpoints hold no target
+        self.clock = Stopwatch()
+        self.tokens_seen = 0
+        slots = drafter.num_proposals
+        self.replayed = AcceptanceByPosition(slots)
+        self.agreement = Agreement()
+        self.tau = AcceptanceLength()
+        self.by_position = AcceptanceByPosition(slots)
+        self.rejections = RejectionPosition(slots)
+
+    def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
+        blocks = replay(
+            self.target, self.drafter, batch, self.sampling, self.stop,
+            score=self.loss.needs_teacher, generator=self._generator(), clock=self.clock,
+        )  # fmt: skip
+        with self.clock("loss"):
+            output = self.loss(blocks)
+        if not torch.isfinite(output.loss):
+            raise NumericsError(
+                f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
+                "weights and start again; checkpoints written before this step are intact."
+            )
+        self.tokens_seen += int(batch.lengths.sum())
+        accepted = blocks.accepted.float()
+        logged = {"loss": output.loss.detach(), **{f"loss_{name}": value for name, value in output.parts.items()}}
+        logged["accepted_length"] = accepted.mean()
+        logged["tokens"] = torch.tensor(float(self.tokens_seen))
+        self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
+        self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
+        if blocks.teacher is not None and self._logs_now():
+            self.agreement.update(blocks)
+            self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
+            self.agreement.reset()
+        return output.loss
+
+    def on_validation_epoch_start(self) -> None:
+        for metric in (self.tau, self.by_position, self.rejections):
+            metric.reset()
+
+    def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
+        with self.clock("validation"):
+            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
+            decoded = self.decoder().decode_batch(batch, generator)
+        self.tau.update([d.emitted for d in decoded])
+        # A block cut short by the end of the text says nothing about a rejection at its last slot.
+        whole = [n for d in decoded for n, kept in zip(d.accepted, d.emitted, strict=True) if kept == n + 1]
+        accepted = torch.tensor(whole, device=self.device)
+        self.by_position.update(accepted)
+        self.rejections.update(accepted)
+
+    def on_validation_epoch_end(self) -> None:
+        tau = {name: value.float() for name, value in self.tau.compute().items()}
+        self.log("val/tau", tau["micro"], prog_bar=True, sync_dist=False)
+        self.log("val/tau_macro", tau["macro"])
+        for slot, rate in enumerate(self.by_position.compute().tolist(), start=1):
+            if not math.isnan(rate):
+                self.log(f"val/acceptance_position_{slot}", rate)
+
+    def decoder(self) -> Decoder:
+        """Speculative decoding with the drafter as it is now."""
+        return Decoder(self.target, self.drafter, self.sampling, self.verification, self.max_new_tokens, self.stop)
+
+    def configure_optimizers(self) -> Any:
+        optimizer = torch.optim.AdamW(
+            self.drafter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
+        )
+        total = max(1, int(self.trainer.estimated_stepping_batches))
+        rise = max(1, round(self.warmup * total))
+
+        def factor(step: int) -> float:
+            if step < rise:
+                return (step + 1) / rise
+            progress = min(1.0, (step - rise) / max(1, total - rise))
+            return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
+
+        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        weights = checkpoint["state_dict"]
+        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("target.")}
+        checkpoint["tokens_seen"] = self.tokens_seen
+        checkpoint["seconds"] = dict(self.clock.seconds)
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.tokens_seen = checkpoint["tokens_seen"]
+        self.clock.seconds.update(checkpoint["seconds"])
+
+    def _generator(self) -> torch.Generator | None:
+        if self.sampling.greedy:
+            return None
+        seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
+        return torch.Generator(self.device).manual_seed(seed)
+
+    def _logs_now(self) -> bool:
+        return self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0

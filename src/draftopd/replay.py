@@ -1,0 +1,120 @@
+"""Replay: draft again at recorded anchors, and let the target score the drafter's own tokens.
+
+One target forward over the recorded tokens, one drafter pass over all anchors, one target pass over
+all blocks; then the accepted lengths follow (method: "Replay and the two streams").
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import accepted_prefix
+from draftopd.drafters.base import Drafter
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.chunked import CHUNK_ELEMENTS, best_tokens
+from draftopd.stopwatch import Stopwatch
+from draftopd.targets.head import LMHead
+from draftopd.targets.target import Target
+
+
+class ReplayBatch(NamedTuple):
+    """Recorded sequences and the anchors to replay.
+
+    ``ids [batch, n]`` padded on the right, ``lengths [batch]``, ``anchors [batch, A]`` padded, with
+    ``anchor_mask [batch, A]`` True at the real ones.
+    """
+
+    ids: Tensor
+    lengths: Tensor
+    anchors: Tensor
+    anchor_mask: Tensor
+
+
+def replay(
+    target: Target,
+    drafter: Drafter,
+    batch: ReplayBatch,
+    sampling: Sampling,
+    stop: frozenset[int],
+    score: bool = True,
+    generator: torch.Generator | None = None,
+    clock: Stopwatch | None = None,
+) -> Blocks:
+    """The batch's blocks, with gradients on the drafter's side.
+
+    Args:
+        sampling: how proposals are chosen and accepted, as in the rollout.
+        stop: token ids that end a text; slots after a proposed one do not count.
+        score: whether the target scores the proposals. Without it ``teacher`` is None and a proposal
+            counts as accepted while it equals the recorded token.
+        clock: told how long target and drafter took.
+    """
+    clock = clock or Stopwatch()
+    with clock("target"):
+        cache = target.new_cache(batch.ids.shape[1])
+        features = target.read(batch.ids, cache).features
+    head = target.head
+    anchor_tokens = batch.ids.gather(1, batch.anchors)
+
+    def choose(hidden: Tensor) -> Tensor:
+        return _choose(hidden, head, sampling, generator)
+
+    with clock("drafter"):
+        draft = drafter.replay(target, features, batch.anchors, anchor_tokens, choose)
+    kept = batch.anchor_mask
+    slots = torch.arange(1, drafter.block_size, device=batch.ids.device)
+    places = batch.anchors[..., None] + slots
+    recorded = (places < batch.lengths[:, None, None])[kept]
+    labels = batch.ids[:, None].expand(-1, places.shape[1], -1)
+    labels = labels.gather(2, places.clamp_max(batch.ids.shape[1] - 1))[kept]
+    student, proposals = draft.hidden[kept], draft.tokens[kept]
+    teacher = None
+    if score:
+        with clock("target"):
+            tokens = torch.cat([anchor_tokens[..., None], draft.tokens[..., :-1]], dim=-1)
+            teacher = target.score_blocks(cache, batch.ids.shape[1], batch.anchors, tokens)[kept]
+            accepted = _accepted(student.detach(), teacher, proposals, head, sampling, generator)
+    else:
+        accepted = accepted_prefix((proposals == labels) & recorded)
+    return Blocks(student, teacher, head, proposals, labels, accepted, _until_stop(proposals, stop), recorded)
+
+
+def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
+    if sampling.greedy:
+        return best_tokens(hidden, head)
+    flat = hidden.detach().flatten(0, -2)
+    chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    with torch.no_grad():
+        parts = [sampling.choose(head.logits(part), generator) for part in flat.split(chunk)]
+    return torch.cat(parts).view(hidden.shape[:-1])
+
+
+@torch.no_grad()
+def _accepted(
+    student: Tensor,
+    teacher: Tensor,
+    proposals: Tensor,
+    head: LMHead,
+    sampling: Sampling,
+    generator: torch.Generator | None,
+) -> Tensor:
+    """Accepted lengths ``[N]`` of blocks ``[N, K]`` under the sampling's acceptance test."""
+    if sampling.greedy:
+        return accepted_prefix(proposals == best_tokens(teacher, head))
+    chunk = max(1, CHUNK_ELEMENTS // (head.weight.shape[0] * proposals.shape[1]))
+    accepts = []
+    for s, t, d in zip(student.split(chunk), teacher.split(chunk), proposals.split(chunk), strict=True):
+        q = sampling.probabilities(head.logits(s)).gather(-1, d[..., None])[..., 0]
+        p = sampling.probabilities(head.logits(t)).gather(-1, d[..., None])[..., 0]
+        accepts.append(torch.rand(q.shape, generator=generator, device=q.device) * q < p)
+    return accepted_prefix(torch.cat(accepts)) if accepts else proposals.new_zeros(0)
+
+
+def _until_stop(proposals: Tensor, stop: frozenset[int]) -> Tensor:
+    """``[N, K]`` True up to and including the first proposed stop token."""
+    stops = torch.isin(proposals, torch.tensor(sorted(stop), dtype=proposals.dtype, device=proposals.device))
+    return stops.long().cumsum(-1) - stops.long() == 0

@@ -1,0 +1,111 @@
+"""One training run: build the parts a configuration names, fit, report."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning as L
+import torch
+import transformers
+from hydra.core.hydra_config import HydraConfig
+from hydra.utils import instantiate
+from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from omegaconf import DictConfig
+
+from draftopd.callbacks.draft_viewer import DraftViewer
+from draftopd.callbacks.refresh_anchors import RefreshAnchors
+from draftopd.cli.record import write_record
+from draftopd.cli.report import TrainingReport, print_report
+from draftopd.data.replay_datamodule import ReplayDataModule
+from draftopd.drafters.base import Drafter
+from draftopd.errors import ConfigError
+from draftopd.module import DraftModule
+from draftopd.rollout.engines import Rollout
+from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+
+
+def run(config: DictConfig) -> TrainingReport:
+    """Train as configured and leave checkpoint, logs, buffer and record in Hydra's run directory.
+
+    Raises:
+        DraftOPDError: with one clear message, for anything the user can mend.
+    """
+    began = time.perf_counter()
+    _quiet()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    L.seed_everything(config.seed, verbose=False)
+    target: Target = instantiate(config.target)
+    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer)
+    rollout: Rollout = instantiate(config.rollout)
+    if config.data.anchors == "visited" and not rollout.records_anchors:
+        raise ConfigError("This rollout records no anchors: use data.anchors=random, or rollout=speculative.")
+    data: ReplayDataModule = instantiate(config.data)
+    data.attach(tokenizer, directory / "anchors")
+    module = DraftModule(
+        target, drafter, instantiate(config.loss), rollout.sampling, stop_tokens(target, tokenizer),
+        max_new_tokens=config.max_new_tokens, seed=config.seed, **instantiate(config.module, _convert_="all"),
+    )  # fmt: skip
+    refresh = RefreshAnchors(rollout, directory / "anchors", config.refresh.every_n_epochs, config.seed)
+    trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
+    write_record(directory, config)
+
+    resume = directory / "checkpoints" / "last.ckpt"
+    resumed = resume.exists()
+    before = float("nan")
+    if resumed:
+        print(f"Continuing from {resume}")
+    elif config.validate_first:
+        before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
+    trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
+    if trainer.interrupted:
+        raise KeyboardInterrupt
+    if trainer.is_global_zero:
+        drafter.save(directory / "drafter")
+    report = TrainingReport(
+        tau_before=before,
+        tau_after=float(trainer.callback_metrics.get("val/tau", float("nan"))),
+        steps=trainer.global_step,
+        tokens=module.tokens_seen,
+        seconds=dict(module.clock.seconds),
+        total_seconds=time.perf_counter() - began,
+        directory=str(directory),
+    )
+    if trainer.is_global_zero:
+        (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        print_report(report)
+    return report
+
+
+def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
+    checkpoint = ModelCheckpoint(
+        dirpath=directory / "checkpoints", filename="best", monitor="val/tau", mode="max", save_last=True
+    )
+    options: dict[str, Any] = {"callbacks": [checkpoint, *callbacks], "default_root_dir": str(directory)}
+    if config.get("logger"):
+        options["logger"] = instantiate(config.logger)
+        options["callbacks"].append(LearningRateMonitor("step"))
+    if config.trainer.get("enable_progress_bar", True):
+        options["callbacks"].append(RichProgressBar())
+    return instantiate(config.trainer, **options, _convert_="partial")  # type: ignore[no-any-return]
+
+
+def _quiet() -> None:
+    """Silence advice that does not apply here: the loaders read a local buffer and need no workers."""
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # the target, by design
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    torch.set_float32_matmul_precision("high")
+
+
