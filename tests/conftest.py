@@ -35,10 +35,6 @@ SHAPE = {
 }  # fmt: skip
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "slow: takes more than a few seconds")
-
-
 def randomize(module: nn.Module, seed: int, std: float = 0.3) -> None:
     """Weights large enough that every part of the network shows in its output, norms included."""
     generator = torch.Generator().manual_seed(seed)

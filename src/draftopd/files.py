@@ -14,6 +14,7 @@ def replaced(path: Path) -> Iterator[Path]:
     partial = path.with_name(f".{path.name}.partial")
     try:
         yield partial
+        os.chmod(partial, 0o644)  # safetensors writes files only their owner can read
         with partial.open("rb") as file:
             os.fsync(file.fileno())
         os.replace(partial, path)

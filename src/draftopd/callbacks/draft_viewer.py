@@ -63,7 +63,9 @@ class DraftViewer(L.Callback):
         if not loggers or not trainer.is_global_zero or trainer.sanity_checking:
             return
         step = trainer.global_step
-        texts = [mark_blocks(d, self.tokenizer) for d in pl_module.decoder().decode_batch(self.shown)] if self.shown else []
+        texts = (
+            [mark_blocks(d, self.tokenizer) for d in pl_module.decoder().decode_batch(self.shown)] if self.shown else []
+        )
         positions = torch.arange(1, len(counts) + 1)
         for logger in loggers:
             board = logger.experiment

@@ -66,7 +66,8 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
                 if override in chosen or key.startswith(("+", "~", "hydra.")):
                     continue
                 if "=" not in override:
-                    return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {', '.join(sorted(groups))}."
+                    listed = ", ".join(sorted(groups))
+                    return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
                 if key not in known:
                     return f"{key} is no configuration key: {nearest(key, known | groups)}"
             compose(name, overrides)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 
 def nearest(name: str, choices: Iterable[str]) -> str:
-    """"Did you mean ..." with the closest of the choices, or all of them where none is close."""
+    """ "Did you mean ..." with the closest of the choices, or all of them where none is close."""
     options = sorted(set(choices))
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if not close:

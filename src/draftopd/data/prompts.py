@@ -90,7 +90,7 @@ def read_jsonl(path: Path, field: str, limit: int | None = None) -> list[Message
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise PromptError(f"No prompt file {path}: give data.path an existing JSON-lines file.") from error
+        raise PromptError(f"No prompt file {path}: name a JSON-lines file (data.train_prompts.path=FILE).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
     conversations = []
@@ -111,15 +111,22 @@ def _parse(line: str, field: str, where: str) -> Messages:
         raise PromptError(f"{where} holds a {type(row).__name__}, expected an object with {field!r} or 'messages'.")
     if "messages" in row:
         messages = row["messages"]
-        good = isinstance(messages, list) and messages and all(
-            isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str) for m in messages
+        good = (
+            isinstance(messages, list)
+            and messages
+            and all(
+                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
+                for m in messages
+            )
         )
         if not good:
             raise PromptError(f"{where}: 'messages' must be a list of objects with text 'role' and 'content'.")
         return [{"role": m["role"], "content": m["content"]} for m in messages]
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
-        raise PromptError(f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set data.field.")
+        raise PromptError(
+            f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set data.train_prompts.field."
+        )
     return [{"role": "user", "content": text}]
 
 
@@ -133,7 +140,8 @@ def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
         rows = load_dataset(path, source.get("name"), split=source.get("split", "train"))
     except Exception as error:
         raise PromptError(
-            f"The dataset {path} could not be had ({type(error).__name__}). Use data=jsonl data.path=FILE for a local copy."
+            f"The dataset {path} could not be had ({type(error).__name__}). "
+            "Use data=jsonl data.train_prompts.path=FILE for a local copy."
         ) from error
     if field not in rows.column_names:
         raise PromptError(f"The dataset {path} has no field {field!r}, only {', '.join(rows.column_names)}.")

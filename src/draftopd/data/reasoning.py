@@ -75,9 +75,7 @@ def problem(split: Split, index: int, seed: int = 0) -> Problem:
         ValueError: if ``split`` is not one of ``train``, ``validation``, ``test``.
     """
     if split not in get_args(Split):
-        raise ValueError(
-            f"Unknown split {split!r} of the reasoning problems: use one of {', '.join(get_args(Split))}."
-        )
+        raise ValueError(f"Unknown split {split!r} of the reasoning problems: use one of {', '.join(get_args(Split))}.")
     rng = random.Random(f"draftopd/reasoning/{split}/{seed}/{index}")
     while True:
         steps = _skeleton(rng)

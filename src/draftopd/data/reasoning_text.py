@@ -184,6 +184,4 @@ class Scene:
 
     def fill(self, pattern: str, n: int | None = None) -> str:
         """The pattern with this scene's names and the number ``n`` in it."""
-        return pattern.format(
-            A=self.hero, F=self.friend, she=self.pronoun, things=self.things, place=self.place, n=n
-        )
+        return pattern.format(A=self.hero, F=self.friend, she=self.pronoun, things=self.things, place=self.place, n=n)

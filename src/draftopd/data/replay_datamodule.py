@@ -70,7 +70,9 @@ class ReplayDataset(Dataset[Recorded]):
 class ReplayLoader(DataLoader[ReplayBatch]):
     """A loader that can be put back in mid-epoch: same batches, same anchors drawn."""
 
-    def __init__(self, dataset: ReplayDataset, sampler: ReplaySampler, anchors: AnchorChoice, limit: int, pad: int) -> None:
+    def __init__(
+        self, dataset: ReplayDataset, sampler: ReplaySampler, anchors: AnchorChoice, limit: int, pad: int
+    ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=lambda rows: rows)
         self.replays, self.order = dataset, sampler
         self.choice: AnchorChoice = anchors
@@ -88,7 +90,9 @@ class ReplayLoader(DataLoader[ReplayBatch]):
             if place < skip:
                 continue
             generator = torch.Generator().manual_seed(
-                (self.order.seed * 1_000_003 + self.order.epoch) * 1_000_003 + place * self.order.ranks + self.order.rank
+                (self.order.seed * 1_000_003 + self.order.epoch) * 1_000_003
+                + place * self.order.ranks
+                + self.order.rank
             )
             yield self.collate([buffer[i] for i in indices], generator)
         self.order.epoch += 1
@@ -97,7 +101,8 @@ class ReplayLoader(DataLoader[ReplayBatch]):
     def collate(self, records: list[Recorded], generator: torch.Generator) -> ReplayBatch:
         """Pad the records' tokens and chosen anchors into one batch."""
         chosen = [
-            choose_anchors(self.choice, r.anchors, r.prompt_length, len(r.tokens), self.limit, generator) for r in records
+            choose_anchors(self.choice, r.anchors, r.prompt_length, len(r.tokens), self.limit, generator)
+            for r in records
         ]
         lengths = torch.tensor([len(r.tokens) for r in records])
         width, count = int(lengths.max()), max(1, *(len(a) for a in chosen))

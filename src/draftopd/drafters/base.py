@@ -88,7 +88,8 @@ class Drafter(nn.Module, ABC):
         """
         if self.block_size < 2:
             raise DrafterError(
-                f"block_size {self.block_size} proposes nothing: a block is the anchor plus at least one proposal, use 2 or more."
+                f"block_size {self.block_size} proposes nothing: a block is the anchor plus at least one "
+                "proposal, use 2 or more."
             )
         wrong = [i for i in self.target_layer_ids if not 0 <= i < target.num_layers]
         if wrong:

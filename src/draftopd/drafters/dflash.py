@@ -75,9 +75,7 @@ class DFlashAttention(nn.Module):
         values = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
         return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
 
-    def forward(
-        self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary
-    ) -> Tensor:
+    def forward(self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary) -> Tensor:
         """``block [batch, A * B, hidden]`` over ``context`` keys and values; see :func:`block_attention`."""
         count = anchors.shape[1]
         query = self.q_norm(self.q_proj(block).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
@@ -96,9 +94,7 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(
-        self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary
-    ) -> Tensor:
+    def forward(self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary) -> Tensor:
         block = block + self.self_attn(self.input_layernorm(block), context, anchors, rotary)
         return block + self.mlp(self.post_attention_layernorm(block))
 
@@ -214,7 +210,9 @@ class DFlashDrafter(Drafter):
         found = {name: tuple(t.shape) for name, t in tensors.items()}
         if own != found:
             missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-            shapes = [f"{n} {found[n]} instead of {own[n]}" for n in sorted(own.keys() & found.keys()) if own[n] != found[n]]
+            shapes = [
+                f"{n} {found[n]} instead of {own[n]}" for n in sorted(own.keys() & found.keys()) if own[n] != found[n]
+            ]
             raise DrafterError(
                 f"The tensors of {directory} are not those of its config.json. "
                 f"Missing: {missing or 'none'}; extra: {extra or 'none'}; misshapen: {shapes or 'none'}."

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -49,9 +50,13 @@ def read_dflash(directory: Path) -> tuple[Qwen3Config, dict[str, Any], dict[str,
         ) from error
     except (json.JSONDecodeError, UnicodeDecodeError, SafetensorError, OSError) as error:
         raise DrafterError(f"The drafter in {directory} cannot be read: {error}. Copy or train it again.") from error
+    if not isinstance(raw, dict):
+        raise DrafterError(f"config.json of {directory} is no JSON object: expected the DFlash fields.")
     architecture = (raw.get("architectures") or ["?"])[0]
     if architecture != "DFlashDraftModel":
-        raise DrafterError(f"{directory} holds a {architecture}, expected a DFlashDraftModel: use another drafter= group.")
+        raise DrafterError(
+            f"{directory} holds a {architecture}, expected a DFlashDraftModel: use another drafter= group."
+        )
     unusual = sorted(n for n in tensors if "qkv_proj" in n or "g_proj" in n or "aux_hidden_norms" in n)
     if unusual:
         raise DrafterError(f"{directory} is a DFlash variant with {unusual[:4]}, which this drafter does not have.")
@@ -64,13 +69,20 @@ def read_dflash(directory: Path) -> tuple[Qwen3Config, dict[str, Any], dict[str,
             "num_target_layers": int(raw["num_target_layers"]),
         }
     except (KeyError, TypeError, ValueError) as error:
-        raise DrafterError(f"config.json of {directory} lacks or garbles {error}: expected the DFlash fields.") from error
+        raise DrafterError(
+            f"config.json of {directory} lacks or garbles {error}: expected the DFlash fields."
+        ) from error
     rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    config = Qwen3Config(
-        **{name: raw[name] for name in _LAYER_FIELDS if raw.get(name) is not None},
-        rope_parameters={"rope_type": "default", **rope, "rope_theta": raw.get("rope_theta") or rope.get("rope_theta", 10_000.0)},
-        tie_word_embeddings=False,
-    )
+    rope = {"rope_type": rope.get("type", "default"), **rope}
+    rope["rope_theta"] = raw.get("rope_theta") or rope.get("rope_theta", 10_000.0)
+    try:
+        config = Qwen3Config(
+            **{name: raw[name] for name in _LAYER_FIELDS if raw.get(name) is not None},
+            rope_parameters=rope,
+            tie_word_embeddings=False,
+        )
+    except (TypeError, ValueError, StrictDataclassError) as error:
+        raise DrafterError(f"config.json of {directory} describes no Qwen3 layers: {error}") from error
     if set(config.layer_types) != {"full_attention"}:
         raise DrafterError(f"{directory} has sliding-window layers, which this drafter does not have.")
     return config, extras, tensors

@@ -55,10 +55,11 @@ class AsymmetricKL(Loss):
         if self.accept_until_fail:
             rejected = rejected & blocks.until_fail()
         accepted_weight, rejected_weight = self.stream_weights
-        weights = (accepted_weight * blocks.accepted_stream(self.include_correction), rejected_weight * decay * rejected)
-        streams = [
-            distilled(fn, blocks, weight) for fn, weight in zip((forward_kl, reverse_kl), weights, strict=True)
-        ]
+        weights = (
+            accepted_weight * blocks.accepted_stream(self.include_correction),
+            rejected_weight * decay * rejected,
+        )
+        streams = [distilled(fn, blocks, weight) for fn, weight in zip((forward_kl, reverse_kl), weights, strict=True)]
         means = [weighted_mean(*stream) for stream in streams]
         if self.normalization == "token":
             values, together = (torch.cat(parts) for parts in zip(*streams, strict=True))

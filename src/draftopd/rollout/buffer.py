@@ -172,10 +172,14 @@ class AnchorBuffer:
             path = self.directory / name
             try:
                 if _checksum(path) != checksum:
-                    raise BufferError(f"{path} is damaged (its checksum differs): delete {self.directory} and roll out again.")
+                    raise BufferError(
+                        f"{path} is damaged (its checksum differs): delete {self.directory} and roll out again."
+                    )
                 ends = _shard(path)["tokens_offsets"]
             except (OSError, SafetensorError, KeyError) as error:
-                raise BufferError(f"{path} cannot be read ({error}): delete {self.directory} and roll out again.") from error
+                raise BufferError(
+                    f"{path} cannot be read ({error}): delete {self.directory} and roll out again."
+                ) from error
             self.lengths += (ends[1:] - ends[:-1]).tolist()
             self._places += [(name, i) for i in range(len(ends) - 1)]
 
@@ -210,9 +214,13 @@ def read_manifest(directory: Path) -> Manifest:
         raw = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
         manifest = Manifest(**raw)
     except (OSError, ValueError, TypeError) as error:
-        raise BufferError(f"{directory} is no anchor buffer generation: {error}. Delete it and roll out again.") from error
+        raise BufferError(
+            f"{directory} is no anchor buffer generation: {error}. Delete it and roll out again."
+        ) from error
     if manifest.format != FORMAT:
-        raise BufferError(f"{directory} has buffer format {manifest.format}, this version reads {FORMAT}: roll out again.")
+        raise BufferError(
+            f"{directory} has buffer format {manifest.format}, this version reads {FORMAT}: roll out again."
+        )
     return manifest
 
 
@@ -239,7 +247,9 @@ class _disk:
     def __enter__(self) -> None:
         return None
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if isinstance(error, (OSError, SafetensorError)):
             raise BufferError(
                 f"The anchor buffer in {self.root} cannot be written: {error}. Free space or choose another "

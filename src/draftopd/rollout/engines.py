@@ -62,9 +62,7 @@ class SpeculativeRollout:
         return drafter
 
     def _record(self, decoded: Decoded) -> Recorded:
-        return Recorded(
-            decoded.tokens, len(decoded.prompt), decoded.anchors, decoded.accepted, decoded.emitted
-        )
+        return Recorded(decoded.tokens, len(decoded.prompt), decoded.anchors, decoded.accepted, decoded.emitted)
 
 
 class TargetRollout(SpeculativeRollout):

@@ -20,6 +20,26 @@ from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from draftopd.data.reasoning import Split, problem, problems, read_answer
 from draftopd.targets.tiny_tokenizer import build_tokenizer
 
+CARD = """\
+---
+license: apache-2.0
+library_name: transformers
+---
+# The bundled target
+
+A Qwen3 of {parameters:,} parameters (bf16) that solves word problems of two to five steps. It is
+pretrained from scratch on procedurally generated problems and serves as a small but real target for
+speculative decoding; it knows nothing else.
+
+| | |
+|---|---|
+| training | {steps:,} steps, {training_tokens:,} tokens of `draftopd.data.reasoning`, split `train` |
+| held-out problems solved, thinking | {solved_test_thinking:.1%} of 500 (split `test`, greedy, float32) |
+| held-out problems solved, non-thinking | {solved_test_non_thinking:.1%} of 500 |
+
+Rebuild it, measure it and write this card: `python -m draftopd.targets.pretrain_tiny --out DIR`.
+"""
+
 #: Every eighth problem is solved without thinking, so that both chat modes work.
 NON_THINKING_EVERY = 8
 PAD_TO = 32
@@ -143,14 +163,18 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 
             optimizer.zero_grad()
         tokens += int((ids != tokenizer.pad_token_id).sum())
         if step % 50 == 0:
-            print(f"step {step} loss {loss.item():.4f} tokens {tokens / 1e6:.1f}M {time.time() - began:.0f}s", flush=True)
+            print(
+                f"step {step} loss {loss.item():.4f} tokens {tokens / 1e6:.1f}M {time.time() - began:.0f}s", flush=True
+            )
         if (step + 1) % check_every == 0:
             torch.save(
                 {"model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers],
                  "step": step + 1, "tokens": tokens},
                 resume,
             )  # fmt: skip
-            print(f"step {step + 1} validation solved {solve_rate(model, tokenizer, 'validation', 128):.3f}", flush=True)
+            print(
+                f"step {step + 1} validation solved {solve_rate(model, tokenizer, 'validation', 128):.3f}", flush=True
+            )
     model = model.to(torch.bfloat16)
     model.generation_config.eos_token_id = [tokenizer.eos_token_id, tokenizer.pad_token_id]
     model.generation_config.pad_token_id = tokenizer.pad_token_id
@@ -166,7 +190,13 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 
         "solved_test_non_thinking": solve_rate(model, tokenizer, "test", 500, thinking=False),
     }
     (out / "figures.json").write_text(json.dumps(figures, indent=2) + "\n")
+    write_card(out, figures)
     print(json.dumps(figures, indent=2))
+
+
+def write_card(out: Path, figures: dict[str, float]) -> None:
+    """The model card, from the measured figures."""
+    (out / "README.md").write_text(CARD.format(**figures), encoding="utf-8")
 
 
 def main() -> None:

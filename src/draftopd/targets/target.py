@@ -142,7 +142,9 @@ class Target(nn.Module):
         return PositionCache(capacity, self.num_layers)
 
     @torch.no_grad()
-    def read(self, ids: Tensor, cache: PositionCache, positions: Tensor | None = None, visible: int | None = None) -> Reading:
+    def read(
+        self, ids: Tensor, cache: PositionCache, positions: Tensor | None = None, visible: int | None = None
+    ) -> Reading:
         """Read tokens and remember them in the cache.
 
         Args:
@@ -209,8 +211,10 @@ class Target(nn.Module):
 
     def _check_attention(self) -> None:
         # Mistral and its kin name no layer types; a window holds for all their layers.
-        windowed = getattr(self.config, "sliding_window", None) is not None
-        kinds = set(getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"])
+        windowed = (getattr(self.config, "sliding_window", None) or self.max_positions) < self.max_positions
+        kinds = set(
+            getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
+        )
         if kinds != {"full_attention"}:
             raise TargetError(
                 f"The target has {', '.join(sorted(kinds - {'full_attention'}))} layers, which block scoring does "

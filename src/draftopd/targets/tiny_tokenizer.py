@@ -17,7 +17,10 @@ _WORDS = r" ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+"
 #: ChatML with a thinking mode, on unless ``enable_thinking=False``; earlier thoughts are dropped.
 CHAT_TEMPLATE = """\
 {%- for message in messages -%}
-{%- set content = message.content.split('</think>')[-1].lstrip('\\n') if message.role == 'assistant' else message.content -%}
+{%- set content = message.content -%}
+{%- if message.role == 'assistant' -%}
+{%- set content = content.split('</think>')[-1].lstrip('\\n') -%}
+{%- endif -%}
 {{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' -}}
 {%- endfor -%}
 {%- if add_generation_prompt -%}
