@@ -24,6 +24,8 @@ RUN_STAMP := $(VENV)/.draftopd-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.draftopd-dev
 
 .DEFAULT_GOAL := help
+# A half-made environment must not count as one.
+.DELETE_ON_ERROR:
 .PHONY: help train test lint typecheck format clean
 
 help: ## Show this list

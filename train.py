@@ -18,7 +18,7 @@ def main(config: DictConfig) -> None:
 
 
 def train(config: DictConfig) -> None:
-    from draftopd.training import run
+    from draftopd.cli.training import run
 
     run(config)
 

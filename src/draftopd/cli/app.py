@@ -9,7 +9,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
-from hydra.errors import HydraException
+from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
@@ -31,15 +31,18 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
 def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     """Run a command; an error the user can act on is printed as one message, with exit status 1."""
     from draftopd.cli.check import check
-    from draftopd.errors import ConfigError, DraftOPDError
+    from draftopd.errors import DraftOPDError
 
     try:
-        try:
-            resolved = OmegaConf.to_container(config, resolve=True)
-        except OmegaConfBaseException as error:
-            raise ConfigError(str(error).splitlines()[0]) from error
-        check(resolved)
+        check(OmegaConf.to_container(config, resolve=True))
         action(config)
+    except OmegaConfBaseException as error:
+        sys.exit(f"Error: {str(error).splitlines()[0]}")
+    except InstantiationException as error:
+        # A part refused its arguments: what it said is the cause, Hydra's wrapping is not for users.
+        if isinstance(error.__cause__, DraftOPDError | ValueError):
+            sys.exit(f"Error: {error.__cause__}")
+        raise
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:

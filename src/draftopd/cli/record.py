@@ -8,6 +8,7 @@ import subprocess
 import sys
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
@@ -16,21 +17,26 @@ from draftopd.files import replaced
 PACKAGES = ("draftopd", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "liger-kernel")
 
 
-def write_record(directory: Path, config: DictConfig) -> None:
-    """Write ``config.yaml`` (composed, resolved) and ``run.json`` beside the checkpoint."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with replaced(directory / "config.yaml") as partial:
-        partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    record = {
+def describe(config: DictConfig) -> dict[str, Any]:
+    """Command, configuration, seed, git revision, versions: plain containers."""
+    return {
         "command": sys.argv,
+        "config": OmegaConf.to_container(config, resolve=True),
         "seed": config.seed,
         "git": _git("rev-parse", "HEAD"),
         "git_dirty": bool(_git("status", "--porcelain")),
         "python": platform.python_version(),
         "versions": {name: _version(name) for name in PACKAGES},
     }
+
+
+def write_record(directory: Path, config: DictConfig) -> None:
+    """Write ``config.yaml`` (composed, resolved) and ``run.json`` beside the checkpoint."""
+    directory.mkdir(parents=True, exist_ok=True)
+    with replaced(directory / "config.yaml") as partial:
+        partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
     with replaced(directory / "run.json") as partial:
-        partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        partial.write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
 
 
 def _git(*arguments: str) -> str | None:

@@ -140,7 +140,7 @@ class DFlashDrafter(Drafter):
         target_layer_ids: tuple[int, ...] | None = None,
         intermediate_size: int | None = None,
     ) -> DFlashDrafter:
-        """A fresh drafter of the target's width, with normally distributed weights.
+        """A fresh drafter of the target's width: normally distributed weights, the target's final norm.
 
         Args:
             num_layers: depth of the drafter.
@@ -167,6 +167,8 @@ class DFlashDrafter(Drafter):
         for module in drafter.modules():
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
+        # The LM head expects states of the scale that the target's final norm gives.
+        drafter.norm.weight.data.copy_(target.body.norm.weight)
         drafter.check_fits(target)
         return drafter
 

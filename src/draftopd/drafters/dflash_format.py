@@ -19,7 +19,7 @@ from transformers import Qwen3Config
 
 from draftopd.errors import DrafterError
 from draftopd.files import replaced
-from draftopd.targets.target import resolve
+from draftopd.targets.hub import resolve
 
 if TYPE_CHECKING:
     from draftopd.drafters.dflash import DFlashDrafter

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
+from draftopd.targets.hub import local_only, resolve, unavailable
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -28,6 +28,10 @@ class Reading(NamedTuple):
 
     hidden: Tensor
     features: Tensor
+
+
+class _EnoughError(Exception):
+    """Ends a forward once the last tapped layer has been seen."""
 
 
 class Target(nn.Module):
@@ -52,6 +56,7 @@ class Target(nn.Module):
         names = inspect.signature(type(self.body).forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self._tapped: dict[int, Tensor] = {}
+        self._enough: int | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self.taps: tuple[int, ...] = ()
         self.tap(taps)
@@ -72,8 +77,12 @@ class Target(nn.Module):
         Raises:
             TargetError: if it cannot be had, with what to do instead.
         """
-        options = {"revision": revision, "trust_remote_code": trust_remote_code}
         path = resolve(path)
+        options = {
+            "revision": revision,
+            "trust_remote_code": trust_remote_code,
+            "local_files_only": local_only(path),
+        }
         try:
             config = AutoConfig.from_pretrained(path, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
@@ -81,7 +90,7 @@ class Target(nn.Module):
                 attn_implementation=attn_implementation, output_loading_info=True, **options,
             )  # fmt: skip
         except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-            raise TargetError(_unavailable(path, error)) from error
+            raise TargetError(unavailable(path, error)) from error
         if report["missing_keys"]:
             # transformers only warns, and goes on with random weights.
             raise TargetError(
@@ -163,6 +172,25 @@ class Target(nn.Module):
         return self._forward(ids, rows, allowed, cache.at(positions, visible))
 
     @torch.no_grad()
+    def read_features(self, ids: Tensor) -> Tensor:
+        """The tapped states ``[batch, n, taps * hidden]`` of whole sequences, padded on the right.
+
+        Nothing is remembered, and layers above the last tap are not computed.
+        """
+        self._tapped.clear()
+        self._enough = max(self.taps)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        try:
+            self.body(input_ids=ids, position_ids=positions, use_cache=False)
+        except _EnoughError:
+            pass
+        finally:
+            self._enough = None
+        features = torch.cat([self._tapped[i] for i in self.taps], -1)
+        self._tapped.clear()
+        return features
+
+    @torch.no_grad()
     def score_blocks(self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor) -> Tensor:
         """The target's states along many blocks at once, over one cached context.
 
@@ -206,6 +234,8 @@ class Target(nn.Module):
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
             self._tapped[layer] = output if isinstance(output, Tensor) else output[0]
+            if layer == self._enough:
+                raise _EnoughError
 
         return hook
 
@@ -230,9 +260,11 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     path = resolve(path)
     try:
-        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+        return AutoTokenizer.from_pretrained(
+            path, trust_remote_code=trust_remote_code, local_files_only=local_only(path)
+        )
     except (OSError, ValueError, KeyError) as error:
-        raise TargetError(_unavailable(path, error)) from error
+        raise TargetError(unavailable(path, error)) from error
 
 
 def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
@@ -242,13 +274,6 @@ def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)
-
-
-def resolve(path: str) -> str:
-    """A path as transformers takes it; ``bundled:NAME`` names a directory inside the package."""
-    if path.startswith("bundled:"):
-        return str(Path(__file__).parent.parent / "assets" / path.removeprefix("bundled:"))
-    return path
 
 
 def _before(anchors: Tensor, length: int, n: int) -> Tensor:
@@ -261,13 +286,3 @@ def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
     """``[1, blocks * n, blocks * n]``: each slot sees its own block up to itself."""
     causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
     return torch.block_diag(*[causal] * blocks)[None].bool()
-
-
-def _unavailable(path: str, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
-    if Path(path).exists() or not isinstance(error, OSError):
-        return f"The target {path} could not be loaded: {reason}"
-    return (
-        f"The target {path} could not be had: it is not a local directory and the model hub did not give it "
-        f"({type(error).__name__}). Pass target.path=DIR to use a local copy."
-    )

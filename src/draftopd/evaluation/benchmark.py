@@ -1,0 +1,67 @@
+"""Held-out prompts to evaluate on, with the answers where they are known."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from draftopd.data.prompts import Messages, read_jsonl
+from draftopd.data.reasoning import Split, problems, read_answer
+from draftopd.errors import PromptError
+
+
+@dataclass(frozen=True)
+class Example:
+    """One prompt; ``answer`` is the right number where the benchmark knows it."""
+
+    id: str
+    messages: Messages
+    answer: int | None = None
+
+    def solved(self, response: str) -> bool | None:
+        """Whether the response ends in the right answer; None where none is known."""
+        return None if self.answer is None else read_answer(response) == self.answer
+
+
+class Benchmark(Protocol):
+    """A named list of examples."""
+
+    name: str
+
+    def examples(self, limit: int | None = None) -> list[Example]: ...
+
+
+class ReasoningBenchmark:
+    """Held-out problems of the bundled corpus; their arithmetic occurs in no training problem."""
+
+    name = "reasoning"
+
+    def __init__(self, split: Split = "test", count: int = 128) -> None:
+        self.split: Split = split
+        self.count = count
+
+    def examples(self, limit: int | None = None) -> list[Example]:
+        count = self.count if limit is None else min(limit, self.count)
+        return [
+            Example(f"{self.split}-{index}", [{"role": "user", "content": p.question}], p.value)
+            for index, p in enumerate(problems(self.split, count))
+        ]
+
+
+class JsonlBenchmark:
+    """Prompts of a JSON-lines file, read as by ``data=jsonl``.
+
+    Raises:
+        PromptError: if the file cannot be read or holds no prompt.
+    """
+
+    def __init__(self, path: str, field: str = "prompt", name: str | None = None) -> None:
+        self.path, self.field = Path(path), field
+        self.name = name or self.path.stem
+
+    def examples(self, limit: int | None = None) -> list[Example]:
+        rows = read_jsonl(self.path, self.field, limit)
+        if not rows:
+            raise PromptError(f"{self.path} holds no prompts: give at least one.")
+        return [Example(f"{self.name}-{index}", messages) for index, messages in enumerate(rows)]

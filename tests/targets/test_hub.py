@@ -1,0 +1,62 @@
+"""Model paths."""
+
+from __future__ import annotations
+
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import draftopd
+from draftopd.targets import hub
+from draftopd.targets.hub import local_only, resolve, unavailable
+
+
+@pytest.fixture
+def knocks(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[tuple[str, int]]]:
+    """A machine without proxy or network; says which addresses were tried."""
+    tried: list[tuple[str, int]] = []
+
+    def refuse(address: tuple[str, int], timeout: float) -> socket.socket:
+        tried.append(address)
+        raise TimeoutError
+
+    monkeypatch.setattr(hub, "ENDPOINT", "https://hub.example")
+    monkeypatch.setattr(hub, "getproxies", dict)
+    monkeypatch.setattr(socket, "create_connection", refuse)
+    hub._hub_reachable.cache_clear()
+    yield tried
+    hub._hub_reachable.cache_clear()
+
+
+def test_bundled_paths_lie_in_the_package() -> None:
+    assert Path(resolve("bundled:tiny_target")) == Path(draftopd.__file__).parent / "assets" / "tiny_target"
+    assert resolve("Qwen/Qwen3-4B") == "Qwen/Qwen3-4B"
+
+
+def test_a_directory_needs_no_network(knocks: list[tuple[str, int]], tmp_path: Path) -> None:
+    assert local_only(str(tmp_path))
+    assert not knocks
+
+
+def test_an_unreachable_hub_is_tried_once(knocks: list[tuple[str, int]]) -> None:
+    assert local_only("Qwen/Qwen3-4B") and local_only("Qwen/Qwen3-8B")
+    assert knocks == [("hub.example", 443)]
+
+
+def test_a_proxy_is_trusted(knocks: list[tuple[str, int]], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(hub, "getproxies", lambda: {"https": "http://proxy:3128"})
+    assert not local_only("Qwen/Qwen3-4B")
+    assert not knocks
+
+
+def test_messages(tmp_path: Path) -> None:
+    assert (
+        unavailable(str(tmp_path), OSError("\n  no weights\nmore"))
+        == f"The target {tmp_path} could not be loaded: no weights"
+    )
+    assert unavailable("a/b", RuntimeError("out of memory")) == "The target a/b could not be loaded: out of memory"
+    assert "KeyError" in unavailable(str(tmp_path), KeyError())
+    missing = unavailable("a/b", OSError("no route"))
+    assert "a/b" in missing and "target.path=DIR" in missing

@@ -1,0 +1,311 @@
+"""The frozen target against the plain transformers model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+from transformers import (
+    AutoModelForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    PreTrainedModel,
+    PreTrainedTokenizerFast,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+)
+
+from draftopd.decoding.cache import PositionCache
+from draftopd.errors import TargetError
+from draftopd.targets import hub
+from draftopd.targets import target as target_module
+from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+
+KINDS = ["qwen3", "qwen3_moe", "llama"]
+BATCH, LENGTH = 3, 21
+
+
+def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
+    """Equal up to rounding, measured against the largest entry."""
+    assert found.shape == expected.shape
+    return float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+
+
+def plain(target_dirs: dict[str, Path], kind: str) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(target_dirs[kind], dtype="float32").eval()
+
+
+def random_tokens(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randint(64, shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.no_grad()
+def states(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """The plain model's states after the final norm, ``[batch, n, hidden]``."""
+    return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=["sdpa", "eager"])
+def loaded(request: pytest.FixtureRequest, kind: str, target_dirs: dict[str, Path]) -> Target:
+    target = Target.load(str(target_dirs[kind]), dtype="float32", attn_implementation=request.param)
+    assert target.config._attn_implementation == request.param
+    return target
+
+
+def test_reading_at_once(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+    ids = random_tokens(BATCH, LENGTH)
+    model = plain(target_dirs, kind)
+    reading = loaded.read(ids, loaded.new_cache(LENGTH))
+    assert close(reading.hidden, states(model, ids))
+    assert reading.features.shape == (BATCH, LENGTH, 0)
+    with torch.no_grad():
+        assert close(loaded.head.logits(reading.hidden), model(ids).logits)
+
+
+def test_reading_token_by_token(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+    ids = random_tokens(BATCH, LENGTH)
+    cache = loaded.new_cache(LENGTH)
+    read = [loaded.read(ids[:, t : t + 1], cache, torch.full((BATCH, 1), t), t + 1).hidden for t in range(LENGTH)]
+    assert close(torch.cat(read, 1), states(plain(target_dirs, kind), ids))
+
+
+def test_reading_ragged_blocks_over_stale_entries(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+    """As in decoding: rows advance unevenly, and what lies past a row's accepted tokens is rubbish."""
+    ids, size = random_tokens(BATCH, LENGTH), 4
+    expected = states(plain(target_dirs, kind), ids)
+    cache = loaded.new_cache(LENGTH + 2 * size)
+    lengths = torch.tensor([3, 7, 5])
+    prompts = torch.where(torch.arange(7) < lengths[:, None], ids[:, :7], random_tokens(BATCH, 7, seed=1))
+    found = loaded.read(prompts, cache).hidden
+    for row in range(BATCH):
+        assert close(found[row, : lengths[row]], expected[row, : lengths[row]])
+    step = 0
+    while int(lengths.min()) < LENGTH:
+        step += 1
+        accepted = torch.randint(1, size + 1, (BATCH,), generator=torch.Generator().manual_seed(step))
+        positions = lengths[:, None] + torch.arange(size)
+        block = random_tokens(BATCH, size, seed=100 + step)
+        for row in range(BATCH):
+            kept = ids[row, lengths[row] : lengths[row] + accepted[row]]
+            block[row, : len(kept)] = kept
+        # More keys than needed are shown: entries past a row's block must stay out of sight.
+        found = loaded.read(block, cache, positions, int(positions.max()) + 1).hidden
+        for row in range(BATCH):
+            after = expected[row, lengths[row] : lengths[row] + accepted[row]]
+            assert len(after) == 0 or close(found[row, : len(after)], after)
+        lengths = (lengths + accepted).clamp_max(LENGTH)
+
+
+class TestScoreBlocks:
+    """Every block against a full forward of the prefix and the block's own tokens."""
+
+    SIZE = 4
+
+    @pytest.fixture
+    def recorded(self, loaded: Target) -> tuple[Tensor, PositionCache]:
+        ids = random_tokens(BATCH, LENGTH)
+        cache = loaded.new_cache(LENGTH)
+        loaded.read(ids, cache)
+        return ids, cache
+
+    @pytest.fixture
+    def blocks(self) -> tuple[Tensor, Tensor]:
+        """Anchors in no order, one twice, first and last position included; and block tokens."""
+        anchors = torch.tensor([[1, 2, 9, 9, 20, 14, 3], [20, 5, 0, 1, 1, 2, 13], [8, 4, 19, 20, 11, 6, 7]])
+        return anchors, random_tokens(BATCH, 7, self.SIZE, seed=1)
+
+    @pytest.fixture
+    def expected(self, kind: str, target_dirs: dict[str, Path], blocks: tuple[Tensor, Tensor]) -> Tensor:
+        model, (anchors, tokens) = plain(target_dirs, kind), blocks
+        ids = random_tokens(BATCH, LENGTH)
+        rows = [
+            [
+                states(model, torch.cat([ids[b, :a], tokens[b, i]])[None])[0, -self.SIZE :]
+                for i, a in enumerate(row.tolist())
+            ]
+            for b, row in enumerate(anchors)
+        ]
+        return torch.stack([torch.stack(row) for row in rows])
+
+    @pytest.mark.parametrize("queries", [1, 4, 12, 1024])
+    def test_equals_full_forwards(
+        self,
+        loaded: Target,
+        recorded: tuple[Tensor, PositionCache],
+        blocks: tuple[Tensor, Tensor],
+        expected: Tensor,
+        queries: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(target_module, "MAX_BLOCK_QUERIES", queries)
+        scored = loaded.score_blocks(recorded[1], LENGTH, *blocks)
+        assert scored.shape == expected.shape
+        assert close(scored, expected)
+
+    def test_computes_the_block_tokens_only(
+        self, loaded: Target, recorded: tuple[Tensor, PositionCache], blocks: tuple[Tensor, Tensor]
+    ) -> None:
+        seen: list[int] = []
+        loaded.body.layers[0].register_forward_hook(lambda _m, args, _out: seen.append(args[0].shape[1]))
+        before = [store.keys.clone() for store in recorded[1].stores]
+        loaded.score_blocks(recorded[1], LENGTH, *blocks)
+        assert sum(seen) == blocks[1][0].numel()
+        assert all(torch.equal(old, store.keys) for old, store in zip(before, recorded[1].stores, strict=True))
+
+    def test_recorded_tokens_at_or_after_the_anchor_are_unseen(
+        self, loaded: Target, recorded: tuple[Tensor, PositionCache], blocks: tuple[Tensor, Tensor]
+    ) -> None:
+        anchors, tokens = torch.full_like(blocks[0], 9), blocks[1]
+        scored = loaded.score_blocks(recorded[1], LENGTH, anchors, tokens)
+        changed = {}
+        for position in (8, 9):
+            ids = recorded[0].clone()
+            ids[:, position:] = (ids[:, position:] + 1) % 64
+            cache = loaded.new_cache(LENGTH)
+            loaded.read(ids, cache)
+            changed[position] = loaded.score_blocks(cache, LENGTH, anchors, tokens)
+        assert close(changed[9], scored)
+        assert not close(changed[8], scored, 1e-2)
+
+
+def test_taps_are_the_layers_outputs(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+    ids = random_tokens(BATCH, LENGTH)
+    model = plain(target_dirs, kind)
+    with torch.no_grad():
+        found = model(ids, output_hidden_states=True)
+    for taps in [(1,), (0, 2), (2, 0, 1), (1, 1)]:
+        features = loaded.tap(taps).read(ids, loaded.new_cache(LENGTH)).features
+        expected = torch.cat([found.hidden_states[i + 1] for i in taps], -1)
+        assert close(features, expected)
+    # transformers' last entry has passed the final norm; the tap has not.
+    last = loaded.tap((3,)).read(ids, loaded.new_cache(LENGTH)).features
+    assert close(loaded.body.norm(last), found.hidden_states[4])
+
+
+@pytest.mark.parametrize("taps", [(0,), (2, 0), (3, 1), (1, 1)])
+def test_features_alone(loaded: Target, taps: tuple[int, ...]) -> None:
+    """The layers above the last tap are left out, and readings before and after are the same."""
+    ids = random_tokens(BATCH, LENGTH)
+    reading = loaded.tap(taps).read(ids, loaded.new_cache(LENGTH))
+    computed: list[int] = []
+    for i, layer in enumerate(loaded.body.layers):
+        layer.register_forward_pre_hook(lambda _m, _args, i=i: computed.append(i))
+    assert close(loaded.read_features(ids), reading.features)
+    assert computed == list(range(max(taps) + 1))
+    again = loaded.read(ids, loaded.new_cache(LENGTH))
+    assert torch.equal(again.hidden, reading.hidden) and torch.equal(again.features, reading.features)
+    assert not loaded._tapped
+
+
+def test_tapping_again_drops_the_former_taps(target: Target) -> None:
+    for taps in [(0, 1, 2), (2,)]:
+        target.tap(taps)
+    assert sum(len(layer._forward_hooks) for layer in target.body.layers) == 1
+    assert target.read(random_tokens(1, 3), target.new_cache(3)).features.shape == (1, 3, 32)
+    assert not target._tapped
+
+
+@pytest.mark.parametrize("wrong", [4, -1])
+def test_taps_outside_the_target_are_refused(target: Target, wrong: int) -> None:
+    with pytest.raises(TargetError, match=rf"\[{wrong}\].*layers 0 to 3"):
+        target.tap((1, wrong))
+
+
+def test_stays_frozen_and_in_eval_mode(target: Target) -> None:
+    parent = nn.ModuleDict({"target": target, "drafter": nn.Linear(2, 2)}).train()
+    assert parent["drafter"].training
+    assert not any(module.training for module in target.modules())
+    assert not any(parameter.requires_grad for parameter in target.parameters())
+    reading = target.tap((1,)).read(random_tokens(1, 3), target.new_cache(3))
+    assert not reading.hidden.requires_grad and not reading.features.requires_grad
+
+
+def test_shape_and_embedding(target: Target, target_dirs: dict[str, Path]) -> None:
+    assert (target.hidden_size, target.vocab_size, target.num_layers, target.max_positions) == (32, 64, 4, 256)
+    assert target.device.type == "cpu" and target.dtype == torch.float32
+    ids = random_tokens(2, 5)
+    assert torch.equal(target.embed(ids), plain(target_dirs, "qwen3").get_input_embeddings()(ids))
+    assert Target.load(str(target_dirs["qwen3"]), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+
+
+class TestRefusals:
+    @pytest.mark.parametrize("path", ["/no/such/directory", "Qwen/Qwen3-30B-A3B-Thinking-2507", "bundled:nothing"])
+    def test_an_unknown_path(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(hub, "_hub_reachable", lambda: False)
+        for load in (Target.load, load_tokenizer):
+            with pytest.raises(TargetError, match=r"target\.path=") as raised:
+                load(path)
+            assert path.removeprefix("bundled:") in str(raised.value)
+
+    @pytest.fixture
+    def directory(self, target: Target, tmp_path: Path) -> Path:
+        target.model.save_pretrained(tmp_path)
+        return tmp_path
+
+    def refusal(self, directory: Path) -> str:
+        with pytest.raises(TargetError, match="could not be loaded|lacks") as raised:
+            Target.load(str(directory))
+        assert str(directory) in str(raised.value)
+        return str(raised.value)
+
+    def test_an_empty_directory(self, tmp_path: Path) -> None:
+        self.refusal(tmp_path)
+
+    def test_missing_weights(self, directory: Path) -> None:
+        (directory / "model.safetensors").unlink()
+        assert "model.safetensors" in self.refusal(directory)
+
+    def test_truncated_weights(self, directory: Path) -> None:
+        weights = directory / "model.safetensors"
+        weights.write_bytes(weights.read_bytes()[:5000])
+        self.refusal(directory)
+
+    def test_broken_config(self, directory: Path) -> None:
+        (directory / "config.json").write_text('{"model_type": ')
+        assert "JSON" in self.refusal(directory)
+
+    def test_unknown_model_type(self, directory: Path) -> None:
+        (directory / "config.json").write_text('{"model_type": "nonesuch"}')
+        assert "nonesuch" in self.refusal(directory)
+
+    def test_a_missing_tensor_is_named(self, directory: Path) -> None:
+        name, path = "model.layers.1.self_attn.q_proj.weight", directory / "model.safetensors"
+        tensors = load_file(path)
+        del tensors[name]
+        save_file(tensors, path, metadata={"format": "pt"})
+        assert name in self.refusal(directory)
+
+    def test_misshapen_tensors(self, directory: Path) -> None:
+        config = json.loads((directory / "config.json").read_text())
+        (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
+        self.refusal(directory)
+
+    def test_sliding_windows(self) -> None:
+        shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
+        mixed = Qwen2Config(**shape, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+        with pytest.raises(TargetError, match="sliding_attention"):
+            Target(Qwen2ForCausalLM(mixed))
+        with pytest.raises(TargetError, match="sliding_attention"):
+            Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=8)))
+        for window in (None, 64):
+            assert Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))).num_layers == 2
+
+
+def test_stop_tokens(target: Target, tokenizer: PreTrainedTokenizerFast) -> None:
+    end = tokenizer.eos_token_id
+    for configured, expected in [(None, {end}), (9, {9, end}), ([7, 9], {7, 9, end}), ([end], {end})]:
+        target.model.generation_config.eos_token_id = configured
+        assert stop_tokens(target, tokenizer) == expected
+    tokenizer_without_end = PreTrainedTokenizerFast(tokenizer_object=tokenizer.backend_tokenizer)
+    target.model.generation_config.eos_token_id = None
+    assert stop_tokens(target, tokenizer_without_end) == frozenset()
