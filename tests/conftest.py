@@ -24,8 +24,9 @@ from transformers import (
     Qwen3MoeForCausalLM,
 )
 
+from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.targets.target import Target
+from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 from draftopd.targets.tiny_tokenizer import build_tokenizer
 
 SHAPE = {
@@ -82,6 +83,18 @@ def target(target_dirs: dict[str, Path]) -> Target:
 def small_vocabulary_target(target_dirs: dict[str, Path]) -> Target:
     """A target of six tokens, whose laws can be written out in full."""
     return Target.load(str(target_dirs["vocab_6"]), dtype="float32")
+
+
+@pytest.fixture(scope="session")
+def bundled_pair() -> tuple[Target, DFlashDrafter, list[list[int]], frozenset[int]]:
+    """The bundled target and drafter, a few held-out prompts, the stop tokens."""
+    target = Target.load("bundled:tiny_target", dtype="float32")
+    tokenizer = load_tokenizer("bundled:tiny_target")
+    drafter = DFlashDrafter.load("bundled:tiny_dflash")
+    target.tap(drafter.target_layer_ids)
+    encoder = PromptEncoder(tokenizer)
+    prompts = encoder.take(ReasoningPrompts("validation"), 0, 6)
+    return target, drafter, prompts, stop_tokens(target, tokenizer)
 
 
 @pytest.fixture(scope="session")

@@ -161,4 +161,4 @@ class DraftModule(L.LightningModule):
         return torch.Generator(self.device).manual_seed(seed)
 
     def _logs_now(self) -> bool:
-        return self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0
+        return self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]

@@ -107,13 +107,13 @@ def skeletons(split: Split, count: int, monkeypatch: pytest.MonkeyPatch) -> set[
 
 
 def test_splits_share_no_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
-    train, validation, test = (skeletons(split, 4000, monkeypatch) for split in SPLITS)
+    train, validation, test = (skeletons(split, 2500, monkeypatch) for split in SPLITS)
     assert not train & test and not train & validation and not validation & test
     # Drawn without regard to the split, as many problems do share some.
     monkeypatch.setattr(reasoning, "_bucket", lambda _steps: 0)
-    first = skeletons("test", 4000, monkeypatch)
+    first = skeletons("test", 2500, monkeypatch)
     monkeypatch.setattr(reasoning, "_bucket", lambda _steps: 10)
-    assert first & skeletons("train", 4000, monkeypatch)
+    assert first & skeletons("train", 2500, monkeypatch)
 
 
 def test_an_unknown_split_is_refused() -> None:

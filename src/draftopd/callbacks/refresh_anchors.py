@@ -60,7 +60,7 @@ class RefreshAnchors(L.Callback):
         finally:
             module.drafter.train(training)
         manifest = AnchorBuffer.latest(self.root).manifest
-        figures = {"rollout/sequences": manifest.sequences, "rollout/tokens": manifest.tokens}
+        figures: dict[str, float] = {"rollout/sequences": manifest.sequences, "rollout/tokens": manifest.tokens}
         if manifest.blocks:
             figures |= {"rollout/tau": manifest.tau, "rollout/anchors": manifest.blocks}
         if trainer.logger:

@@ -85,7 +85,7 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
 def _keys(config: DictConfig, prefix: str = "") -> set[str]:
     """All dotted keys of a configuration."""
     keys = set()
-    for key in config:
+    for key in map(str, config):
         path = f"{prefix}{key}"
         keys.add(path)
         if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):

@@ -80,12 +80,12 @@ def _locate(name: str, path: str) -> Callable[..., Any]:
                 found = getattr(found, part)
         except AttributeError:
             break
-        return found  # type: ignore[no-any-return]
+        return found
     raise ConfigError(f"{path}._target_={name} names nothing that can be imported: check the spelling.")
 
 
 def _hints(called: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(called.__init__ if inspect.isclass(called) else called)  # type: ignore[misc]
+        return get_type_hints(called.__init__ if inspect.isclass(called) else called)
     except (NameError, TypeError):
         return {}

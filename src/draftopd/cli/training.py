@@ -93,7 +93,7 @@ def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.T
         options["callbacks"].append(LearningRateMonitor("step"))
     if config.trainer.get("enable_progress_bar", True):
         options["callbacks"].append(RichProgressBar())
-    return instantiate(config.trainer, **options, _convert_="partial")  # type: ignore[no-any-return]
+    return instantiate(config.trainer, **options, _convert_="partial")
 
 
 def _quiet() -> None:

@@ -93,7 +93,7 @@ def read_jsonl(path: Path, field: str, limit: int | None = None) -> list[Message
         raise PromptError(f"No prompt file {path}: name a JSON-lines file (data.train_prompts.path=FILE).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
-    conversations = []
+    conversations: list[Messages] = []
     for number, line in enumerate(lines, start=1):
         if len(conversations) == limit:
             break

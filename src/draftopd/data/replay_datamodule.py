@@ -67,7 +67,7 @@ class ReplayDataset(Dataset[Recorded]):
         return self.buffer[index]
 
 
-class ReplayLoader(DataLoader[ReplayBatch]):
+class ReplayLoader(DataLoader[Recorded]):
     """A loader that can be put back in mid-epoch: same batches, same anchors drawn."""
 
     def __init__(

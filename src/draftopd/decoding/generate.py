@@ -82,7 +82,7 @@ class Decoder:
         return self.drafter.block_size if self.drafter else 1
 
     def decode(self, prompts: Sequence[list[int]], batch_size: int = 1, seed: int = 0) -> Iterator[list[Decoded]]:
-        """Decode in batches of similar prompt length; yields each batch in its prompts' order.
+        """Decode in batches of consecutive prompts; yields each batch in its prompts' order.
 
         Raises:
             PromptError: if a prompt is empty or does not fit the target's context.

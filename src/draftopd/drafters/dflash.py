@@ -139,6 +139,7 @@ class DFlashDrafter(Drafter):
         mask_token_id: int,
         target_layer_ids: tuple[int, ...] | None = None,
         intermediate_size: int | None = None,
+        num_heads: int | None = None,
     ) -> DFlashDrafter:
         """A fresh drafter of the target's width: normally distributed weights, the target's final norm.
 
@@ -146,16 +147,18 @@ class DFlashDrafter(Drafter):
             num_layers: depth of the drafter.
             target_layer_ids: default as in the DFlash release, see :func:`default_target_layers`.
             intermediate_size: width of the MLP; default the target's.
+            num_heads: attention heads; default the target's. Key/value heads are the target's, at most as many.
         """
         shape = target.config
-        heads = shape.num_attention_heads
+        target_heads = shape.num_attention_heads
+        heads = num_heads or target_heads
         config = Qwen3Config(
             vocab_size=target.vocab_size,
             hidden_size=shape.hidden_size,
             num_hidden_layers=num_layers,
             num_attention_heads=heads,
-            num_key_value_heads=shape.num_key_value_heads,
-            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // heads,
+            num_key_value_heads=min(shape.num_key_value_heads, heads),
+            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // target_heads,
             intermediate_size=intermediate_size or shape.intermediate_size,
             rms_norm_eps=shape.rms_norm_eps,
             max_position_embeddings=shape.max_position_embeddings,
@@ -183,6 +186,7 @@ class DFlashDrafter(Drafter):
         mask_token_id: int | None = None,
         target_layer_ids: list[int] | None = None,
         intermediate_size: int | None = None,
+        num_heads: int | None = None,
     ) -> DFlashDrafter:
         """The drafter of a checkpoint, or a fresh one, checked against the target.
 
@@ -197,7 +201,7 @@ class DFlashDrafter(Drafter):
             return drafter
         taps = tuple(target_layer_ids) if target_layer_ids else None
         mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
-        return cls.for_target(target, num_layers, block_size or 16, mask, taps, intermediate_size)
+        return cls.for_target(target, num_layers, block_size or 16, mask, taps, intermediate_size, num_heads)
 
     @classmethod
     def load(cls, directory: str | Path) -> DFlashDrafter:
@@ -249,7 +253,8 @@ class DFlashDrafter(Drafter):
         """Every layer's context keys and values, ``[batch, kv_heads, n, head_dim]`` each."""
         states = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(states, positions)
-        return [layer.self_attn.keys_values(states, rotary) for layer in self.layers]
+        layers = (layer for layer in self.layers if isinstance(layer, DFlashLayer))
+        return [layer.self_attn.keys_values(states, rotary) for layer in layers]
 
     def replay(
         self, target: Target, features: Tensor, anchors: Tensor, anchor_tokens: Tensor, choose: Chooser

@@ -20,7 +20,9 @@ class LMHead:
 
     @property
     def weight(self) -> Tensor:
-        return self._module.weight
+        weight = self._module.weight
+        assert isinstance(weight, Tensor)
+        return weight
 
     def logits(self, hidden: Tensor) -> Tensor:
         """``[..., hidden] -> [..., vocab]`` in float32."""

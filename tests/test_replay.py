@@ -1,0 +1,136 @@
+"""Replay: the identity between recorded and replayed blocks, the teacher's states, the streams."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.sampling import Sampling
+from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.replay import ReplayBatch, replay
+from draftopd.targets.target import Target
+
+MakeDrafter = Callable[..., DFlashDrafter]
+
+
+def decode(target: Target, drafter: DFlashDrafter, count: int = 6) -> list[Decoded]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 60, (4 + i,), generator=generator).tolist() for i in range(count)]
+    return Decoder(target, drafter, max_new_tokens=30).decode_batch(prompts)
+
+
+def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
+    width = max(len(d.tokens) for d in decoded)
+    count = max(len(d.anchors[:blocks]) for d in decoded)
+    ids = torch.full((len(decoded), width), 7)  # padding is an ordinary token: it must not show
+    anchors, mask = torch.zeros(len(decoded), count, dtype=torch.long), torch.zeros(len(decoded), count).bool()
+    for row, d in enumerate(decoded):
+        ids[row, : len(d.tokens)] = torch.tensor(d.tokens)
+        anchors[row, : len(d.anchors[:blocks])] = torch.tensor(d.anchors[:blocks])
+        mask[row, : len(d.anchors[:blocks])] = True
+    return ReplayBatch(ids, torch.tensor([len(d.tokens) for d in decoded]), anchors, mask)
+
+
+@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
+def test_replay_at_visited_anchors_repeats_the_rollout(kind: str, target_dirs, make_drafter: MakeDrafter) -> None:
+    target = Target.load(str(target_dirs[kind]), dtype="float32")
+    drafter = make_drafter(target, block_size=4)
+    decoded = decode(target, drafter)
+    blocks = replay(target, drafter, as_batch(decoded), Sampling(), frozenset())
+    proposals = [p for d in decoded for p in d.proposals]
+    assert blocks.proposals.tolist() == proposals
+    lengths = [(n, e) for d in decoded for n, e in zip(d.accepted, d.emitted, strict=True)]
+    whole = [i for i, (n, e) in enumerate(lengths) if e == n + 1]
+    assert [int(blocks.accepted[i]) for i in whole] == [lengths[i][0] for i in whole]
+
+
+def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
+    """The same where acceptance really happens."""
+    target, drafter, prompts, stop = bundled_pair
+    decoded = Decoder(target, drafter, max_new_tokens=160, stop=stop).decode_batch(prompts)
+    blocks = replay(target, drafter, as_batch(decoded), Sampling(), stop)
+    flat = [(p, n, e) for d in decoded for p, n, e in zip(d.proposals, d.accepted, d.emitted, strict=True)]
+    assert blocks.proposals.tolist() == [p for p, _, _ in flat]
+    whole = [i for i, (_, n, e) in enumerate(flat) if e == n + 1]
+    assert [int(blocks.accepted[i]) for i in whole] == [flat[i][1] for i in whole]
+    assert sum(flat[i][1] for i in whole) > len(whole)
+    # Against recorded tokens alone the same lengths follow, wherever all slots are recorded.
+    cheap = replay(target, drafter, as_batch(decoded), Sampling(), stop, score=False)
+    assert cheap.teacher is None
+    sure = cheap.recorded.all(-1)
+    assert torch.equal(cheap.accepted[sure], blocks.accepted[sure])
+
+
+def test_teacher_states_are_the_targets_on_prefix_and_proposals(target: Target, make_drafter: MakeDrafter) -> None:
+    drafter = make_drafter(target)
+    decoded = decode(target, drafter, count=3)
+    blocks = replay(target, drafter, as_batch(decoded, blocks=4), Sampling(), frozenset())
+    assert blocks.teacher is not None
+    index = 0
+    for d in decoded:
+        for anchor in d.anchors[:4]:
+            text = [*d.tokens[: anchor + 1], *blocks.proposals[index].tolist()]
+            reading = target.read(torch.tensor([text]), target.new_cache(len(text)))
+            expected = reading.hidden[0, anchor : anchor + drafter.num_proposals]
+            torch.testing.assert_close(blocks.teacher[index], expected, rtol=1e-4, atol=1e-5)
+            index += 1
+
+
+def test_gradients_reach_the_drafter_only(target: Target, make_drafter: MakeDrafter) -> None:
+    drafter = make_drafter(target)
+    blocks = replay(target, drafter, as_batch(decode(target, drafter)), Sampling(), frozenset())
+    blocks.student.sum().backward()
+    assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters())
+    assert all(p.grad is None for p in target.parameters())
+
+
+def test_slots_after_a_proposed_stop_do_not_count(target: Target, make_drafter: MakeDrafter) -> None:
+    drafter = make_drafter(target)
+    batch = as_batch(decode(target, drafter))
+    free = replay(target, drafter, batch, Sampling(), frozenset())
+    assert free.valid.all()
+    token = int(free.proposals[:, 0].mode().values)
+    blocks = replay(target, drafter, batch, Sampling(), frozenset({token}))
+    for row, valid in zip(blocks.proposals.tolist(), blocks.valid.tolist(), strict=True):
+        end = row.index(token) if token in row else len(row)
+        assert valid == [k <= end for k in range(len(row))]
+
+
+def test_recorded_slots_end_with_the_text(target: Target, make_drafter: MakeDrafter) -> None:
+    drafter = make_drafter(target)
+    decoded = decode(target, drafter, count=2)
+    blocks = replay(target, drafter, as_batch(decoded), Sampling(), frozenset())
+    index = 0
+    for d in decoded:
+        for anchor in d.anchors:
+            rest = d.tokens[anchor + 1 : anchor + drafter.block_size]
+            kept = blocks.recorded[index]
+            assert int(kept.sum()) == len(rest)
+            assert blocks.labels[index][kept].tolist() == rest
+            index += 1
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.0])
+def test_acceptance_above_temperature_zero(
+    small_vocabulary_target: Target, make_drafter: MakeDrafter, temperature: float
+) -> None:
+    """First-slot acceptance of many replays of one anchor has the rate ``sum_v min(p, q)``."""
+    target, many, sampling = small_vocabulary_target, 6000, Sampling(temperature)
+    drafter = make_drafter(target, block_size=3, target_layer_ids=(0, 1))
+    target.tap(drafter.target_layer_ids)
+    ids = torch.tensor([[1, 2, 3, 0, 4]])
+    anchors = torch.full((1, many), 4)
+    batch = ReplayBatch(ids, torch.tensor([5]), anchors, torch.ones(1, many, dtype=torch.bool))
+    blocks = replay(target, drafter, batch, sampling, frozenset(), generator=torch.Generator().manual_seed(0))
+    assert blocks.teacher is not None
+    q = sampling.probabilities(blocks.head.logits(blocks.student[0, 0].detach()))
+    p = sampling.probabilities(blocks.head.logits(blocks.teacher[0, 0]))
+    expected = float(torch.minimum(p, q).sum())
+    rate = float((blocks.accepted > 0).float().mean())
+    assert 0.05 < expected < 0.95
+    assert abs(rate - expected) < 4 * (expected * (1 - expected) / many) ** 0.5
+    shares = torch.bincount(blocks.proposals[:, 0], minlength=6) / many
+    torch.testing.assert_close(shares, q, atol=0.03, rtol=0)
