@@ -29,6 +29,9 @@ from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 from draftopd.targets.tiny_tokenizer import build_tokenizer
 
+# Small tensors gain nothing from threads, and parallel test processes would slow one another down.
+torch.set_num_threads(1)
+
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
     "intermediate_size": 48, "max_position_embeddings": 256, "initializer_range": 0.3,

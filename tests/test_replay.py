@@ -10,6 +10,9 @@ import torch
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.losses.asymmetric_kl import AsymmetricKL
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.kl import ForwardKL
 from draftopd.replay import ReplayBatch, replay
 from draftopd.targets.target import Target
 
@@ -58,10 +61,19 @@ def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
     assert [int(blocks.accepted[i]) for i in whole] == [flat[i][1] for i in whole]
     assert sum(flat[i][1] for i in whole) > len(whole)
     # Against recorded tokens alone the same lengths follow, wherever all slots are recorded.
-    cheap = replay(target, drafter, as_batch(decoded), Sampling(), stop, score=False)
+    cheap = replay(target, drafter, as_batch(decoded), Sampling(), stop, teacher="none")
     assert cheap.teacher is None
     sure = cheap.recorded.all(-1)
     assert torch.equal(cheap.accepted[sure], blocks.accepted[sure])
+    # Up to the first rejection the recorded text's states are those on the drafter's own tokens.
+    prefix = replay(target, drafter, as_batch(decoded), Sampling(), stop, teacher="until_fail")
+    assert prefix.teacher is not None and blocks.teacher is not None
+    assert torch.equal(prefix.valid, blocks.valid & blocks.recorded & blocks.until_fail())
+    torch.testing.assert_close(prefix.teacher[prefix.valid], blocks.teacher[prefix.valid], rtol=1e-3, atol=1e-3)
+    for loss in (ForwardKL(accept_until_fail=True), AsymmetricKL(include_correction=True, rejected_weight=0.0)):
+        assert loss.teacher == "until_fail"
+        kept = Blocks(**{**blocks.__dict__, "valid": blocks.valid & blocks.recorded})
+        torch.testing.assert_close(loss(prefix).loss, loss(kept).loss, rtol=1e-4, atol=1e-5)
 
 
 def test_teacher_states_are_the_targets_on_prefix_and_proposals(target: Target, make_drafter: MakeDrafter) -> None:

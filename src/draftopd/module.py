@@ -77,9 +77,11 @@ class DraftModule(L.LightningModule):
         self.rejections = RejectionPosition(slots)
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
+        logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         blocks = replay(
             self.target, self.drafter, batch, self.sampling, self.stop,
-            score=self.loss.needs_teacher, generator=self._generator(), clock=self.clock,
+            # Where agreement is logged all slots are scored, whatever the loss needs.
+            teacher="proposals" if logs_now else self.loss.teacher, generator=self._generator(), clock=self.clock,
         )  # fmt: skip
         with self.clock("loss"):
             output = self.loss(blocks)
@@ -95,7 +97,7 @@ class DraftModule(L.LightningModule):
         logged["tokens"] = torch.tensor(float(self.tokens_seen))
         self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
-        if blocks.teacher is not None and self._logs_now():
+        if logs_now:
             self.agreement.update(blocks)
             self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
             self.agreement.reset()
@@ -159,6 +161,3 @@ class DraftModule(L.LightningModule):
             return None
         seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         return torch.Generator(self.device).manual_seed(seed)
-
-    def _logs_now(self) -> bool:
-        return self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]

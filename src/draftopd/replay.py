@@ -14,6 +14,7 @@ from torch import Tensor
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import accepted_prefix
 from draftopd.drafters.base import Drafter
+from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import CHUNK_ELEMENTS, best_tokens
 from draftopd.stopwatch import Stopwatch
@@ -40,7 +41,7 @@ def replay(
     batch: ReplayBatch,
     sampling: Sampling,
     stop: frozenset[int],
-    score: bool = True,
+    teacher: TeacherScope = "proposals",
     generator: torch.Generator | None = None,
     clock: Stopwatch | None = None,
 ) -> Blocks:
@@ -49,14 +50,22 @@ def replay(
     Args:
         sampling: how proposals are chosen and accepted, as in the rollout.
         stop: token ids that end a text; slots after a proposed one do not count.
-        score: whether the target scores the proposals. Without it ``teacher`` is None and a proposal
-            counts as accepted while it equals the recorded token.
+        teacher: which of the target's states to give. ``proposals``: the target scores the drafter's own
+            tokens. ``until_fail``: its states on the recorded tokens, which up to the first rejection are the
+            same at temperature 0, so nothing is scored again; slots without a recorded token do not count.
+            ``none``: no states. In the last two a proposal counts as accepted while it equals the recorded
+            token. Above temperature 0 proposals are drawn anew and ``until_fail`` becomes ``proposals``.
         clock: told how long target and drafter took.
     """
     clock = clock or Stopwatch()
+    if teacher == "until_fail" and not sampling.greedy:
+        teacher = "proposals"
     cache = target.new_cache(batch.ids.shape[1])
     with clock("target"):
-        features = target.read(batch.ids, cache).features if score else target.read_features(batch.ids)
+        if teacher == "none":
+            states, features = None, target.read_features(batch.ids)
+        else:
+            states, features = target.read(batch.ids, cache)
     head = target.head
     anchor_tokens = batch.ids.gather(1, batch.anchors)
 
@@ -72,15 +81,22 @@ def replay(
     labels = batch.ids[:, None].expand(-1, places.shape[1], -1)
     labels = labels.gather(2, places.clamp_max(batch.ids.shape[1] - 1))[kept]
     student, proposals = draft.hidden[kept], draft.tokens[kept]
-    teacher = None
-    if score:
+    valid = _until_stop(proposals, stop)
+    if teacher == "proposals":
         with clock("target"):
             tokens = torch.cat([anchor_tokens[..., None], draft.tokens[..., :-1]], dim=-1)
-            teacher = target.score_blocks(cache, batch.ids.shape[1], batch.anchors, tokens)[kept]
-            accepted = _accepted(student.detach(), teacher, proposals, head, sampling, generator)
-    else:
-        accepted = accepted_prefix((proposals == labels) & recorded)
-    return Blocks(student, teacher, head, proposals, labels, accepted, _until_stop(proposals, stop), recorded)
+            scored = target.score_blocks(cache, batch.ids.shape[1], batch.anchors, tokens)[kept]
+            accepted = _accepted(student.detach(), scored, proposals, head, sampling, generator)
+        return Blocks(student, scored, head, proposals, labels, accepted, valid, recorded)
+    accepted = accepted_prefix((proposals == labels) & recorded)
+    if states is None:
+        return Blocks(student, None, head, proposals, labels, accepted, valid, recorded)
+    before = (places - 1).clamp_max(batch.ids.shape[1] - 1)[kept]
+    rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]
+    read = states[rows[:, None], before]
+    # Beyond the first rejection these states follow other tokens than the drafter's: out of bounds.
+    usable = valid & recorded & (slots - 1 <= accepted[:, None])
+    return Blocks(student, read, head, proposals, labels, accepted, usable, recorded)
 
 
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:

@@ -310,5 +310,7 @@ def test_liger_cross_entropy_interpreted(tmp_path) -> None:
         "torch.testing.assert_close(g, e, rtol=1e-3, atol=1e-5)\n"
     )
     env = {**os.environ, "TRITON_INTERPRET": "1"}
-    done = subprocess.run([sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        [sys.executable, str(script)], env=env, capture_output=True, text=True, timeout=120, check=False
+    )
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -28,8 +29,14 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
     main()
 
 
-def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
-    """Run a command; an error the user can act on is printed as one message, with exit status 1."""
+CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
+
+
+def guarded(action: Callable[[DictConfig], None], config: DictConfig, interrupted: str = CONTINUES) -> None:
+    """Run a command; an error the user can act on is printed as one message, with exit status 1.
+
+    ``interrupted`` says what Ctrl-C left behind.
+    """
     from draftopd.cli.check import check
     from draftopd.errors import DraftOPDError
 
@@ -46,7 +53,7 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        sys.exit("Stopped. What was written before is intact; the same command with the same hydra.run.dir continues.")
+        sys.exit(f"Stopped. {interrupted}")
 
 
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
@@ -60,6 +67,14 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
         options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
         if option and option not in options | {"null"} and "," not in option:
             return f"{group}={option} does not exist: {nearest(option, options)}"
+    for override in overrides:
+        try:
+            OverridesParser.create().parse_override(override)
+        except HydraException as error:
+            if "=" in override:
+                return (
+                    f"{override!r} cannot be read: {str(error).splitlines()[0]}. Quote values with brackets or commas."
+                )
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             base = compose(name, chosen)

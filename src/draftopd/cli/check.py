@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
+import re
 from collections.abc import Callable
 from typing import Any, get_type_hints
 
@@ -45,7 +46,7 @@ def _check_call(node: dict[str, Any], path: str) -> None:
             raise ConfigError(f"{path}.{key} is no option of {node['_target_']}: {nearest(key, parameters)}")
         if isinstance(value, dict) and "_target_" in value:
             continue
-        _check_value(value, hints.get(key, Any), f"{path}.{key}")
+        _check_value(value, hints.get(key, Any), f"{path}.{key}" if path else key)
 
 
 def _check_value(value: Any, hint: Any, path: str) -> None:
@@ -57,14 +58,20 @@ def _check_value(value: Any, hint: Any, path: str) -> None:
         adapter = TypeAdapter(hint)  # types that carry a configuration of their own
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
         return
+    wanted = getattr(hint, "__name__", str(hint).replace("typing.", ""))
     try:
-        adapter.validate_python(value)
+        fitted = adapter.validate_python(value)
     except ValidationError as error:
         first = error.errors()[0]
         if first["type"] in ("is_instance_of", "callable_type"):
             return
-        wanted = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+        if first["type"] == "literal_error":
+            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            raise ConfigError(f"{path}={value} does not exist: {nearest(str(value), choices)}") from error
         raise ConfigError(f"{path}={value!r} does not fit {wanted}: {first['msg']}.") from error
+    # The part gets the value as written, not as converted: the text "no" would count as true.
+    if isinstance(fitted, int) and type(fitted) is not type(value):
+        raise ConfigError(f"{path}={value!r} does not fit {wanted}: write {str(fitted).lower()}.")
 
 
 def _locate(name: str, path: str) -> Callable[..., Any]:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import lightning as L
-import torch
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
@@ -106,4 +105,3 @@ def _quiet() -> None:
     transformers.utils.logging.disable_progress_bar()
     for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    torch.set_float32_matmul_precision("high")

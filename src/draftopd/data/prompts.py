@@ -85,12 +85,12 @@ class HubPrompts(ListedPrompts):
         super().__init__(conversations, seed, name="the dataset mixture")
 
 
-def read_jsonl(path: Path, field: str, limit: int | None = None) -> list[Messages]:
-    """See :class:`JsonlPrompts`."""
+def read_jsonl(path: Path, field: str, limit: int | None = None, group: str = "data.train_prompts") -> list[Messages]:
+    """See :class:`JsonlPrompts`; ``group`` is the configuration group that errors point to."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError as error:
-        raise PromptError(f"No prompt file {path}: name a JSON-lines file (data.train_prompts.path=FILE).") from error
+        raise PromptError(f"No prompt file {path}: name a JSON-lines file ({group}.path=FILE).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
     conversations: list[Messages] = []
@@ -98,11 +98,11 @@ def read_jsonl(path: Path, field: str, limit: int | None = None) -> list[Message
         if len(conversations) == limit:
             break
         if line.strip():
-            conversations.append(_parse(line, field, f"{path}, line {number}"))
+            conversations.append(_parse(line, field, f"{path}, line {number}", group))
     return conversations
 
 
-def _parse(line: str, field: str, where: str) -> Messages:
+def _parse(line: str, field: str, where: str, group: str) -> Messages:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
@@ -125,7 +125,7 @@ def _parse(line: str, field: str, where: str) -> Messages:
     text = row.get(field)
     if not isinstance(text, str) or not text.strip():
         raise PromptError(
-            f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set data.train_prompts.field."
+            f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set {group}.field."
         )
     return [{"role": "user", "content": text}]
 

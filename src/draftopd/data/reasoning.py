@@ -4,8 +4,9 @@ A problem is a *skeleton* (a start value and two to five arithmetic steps) told 
 Every draw is addressed by ``(split, index, seed)``, so the supply is unlimited, random access
 costs nothing and a restarted run sees the same problems.
 
-The splits are disjoint by construction: the skeleton's hash decides which split it belongs to,
-so a held-out problem never shares its arithmetic with a training problem, whatever the wording.
+The splits are disjoint by construction: the hash of the skeleton (kinds of step and numbers) decides
+which split a problem belongs to, so no held-out skeleton is ever told in training, in any wording. The
+same row of equations can still occur in both, told by other kinds of step.
 """
 
 from __future__ import annotations

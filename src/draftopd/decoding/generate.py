@@ -135,8 +135,8 @@ class Decoder:
                 keep = torch.tensor(alive, device=device)
                 rows, anchors, tokens = [rows[i] for i in alive], anchors[keep], tokens[keep]
                 cache.select(keep)
-                for store in state or []:
-                    store.select(keep)
+                if drafter is not None:
+                    drafter.select(state, keep)
             visible = max(len(results[row].tokens) for row in rows) - 1
             block, probs = self._draft(state, anchors, tokens, visible, generator)
             positions = anchors[:, None] + torch.arange(size, device=device)

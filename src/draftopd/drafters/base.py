@@ -60,6 +60,10 @@ class Drafter(nn.Module, ABC):
         """A fresh decoding state for sequences up to ``capacity`` tokens."""
 
     @abstractmethod
+    def select(self, state: Any, rows: Tensor) -> None:
+        """Keep these rows of the batch, where the others have ended."""
+
+    @abstractmethod
     def observe(self, state: Any, features: Tensor, positions: Tensor) -> None:
         """Take in the target's features ``[batch, n, taps * hidden]`` of tokens at ``positions [batch, n]``.
 

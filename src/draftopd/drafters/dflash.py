@@ -265,6 +265,10 @@ class DFlashDrafter(Drafter):
     def start(self, capacity: int) -> list[PositionStore]:
         return [PositionStore(capacity) for _ in self.layers]
 
+    def select(self, state: list[PositionStore], rows: Tensor) -> None:
+        for store in state:
+            store.select(rows)
+
     def observe(self, state: list[PositionStore], features: Tensor, positions: Tensor) -> None:
         for store, (keys, values) in zip(state, self.context(features, positions), strict=True):
             store.write(keys, values, positions)

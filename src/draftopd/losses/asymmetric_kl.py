@@ -48,6 +48,7 @@ class AsymmetricKL(Loss):
         self.include_correction = include_correction
         self.accept_until_fail = accept_until_fail
         self.normalization = normalization
+        self.teacher = "until_fail" if accept_until_fail or rejected_weight == 0 else "proposals"
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         decay = power_decay(blocks.proposals.shape[1], self.gamma).to(blocks.student.device)

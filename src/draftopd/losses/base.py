@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -20,13 +20,15 @@ class LossOutput(NamedTuple):
     parts: dict[str, Tensor]
 
 
+#: Which of the target's states a loss needs: on the drafter's own tokens in every slot; up to the first
+#: rejection only, where own and recorded tokens are the same (at temperature 0); or none.
+TeacherScope = Literal["proposals", "until_fail", "none"]
+
+
 class Loss(ABC):
-    """A pure function of replayed blocks.
+    """A pure function of replayed blocks."""
 
-    ``needs_teacher`` says whether the target must score the drafter's own tokens.
-    """
-
-    needs_teacher: bool = True
+    teacher: TeacherScope = "proposals"
 
     @abstractmethod
     def __call__(self, blocks: Blocks) -> LossOutput: ...
@@ -45,6 +47,7 @@ class SlotLoss(Loss):
             raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
         self.gamma = gamma
         self.accept_until_fail = accept_until_fail
+        self.teacher = "until_fail" if accept_until_fail else "proposals"
 
     @abstractmethod
     def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:

@@ -20,7 +20,7 @@ class CrossEntropy(Loss):
         accept_until_fail: drop the slots after the first proposal that differs from the recorded token.
     """
 
-    needs_teacher = False
+    teacher = "none"
 
     def __init__(self, gamma: float | None = None, accept_until_fail: bool = False) -> None:
         if gamma is not None and gamma <= 0:

@@ -17,7 +17,7 @@ def slot_agreement(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
         ValueError: if the blocks were not scored by the target.
     """
     if blocks.teacher is None:
-        raise ValueError("The blocks carry no teacher states: replay with score=True.")
+        raise ValueError("The blocks carry no teacher states: replay with teacher='proposals'.")
     student, teacher = blocks.student.detach().flatten(0, 1), blocks.teacher.flatten(0, 1)
     chunk = max(1, CHUNK_ELEMENTS // blocks.head.weight.shape[0])
     parts = []

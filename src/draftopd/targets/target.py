@@ -52,6 +52,7 @@ class Target(nn.Module):
         self.body = model.get_decoder()
         self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self._check_attention()
+        self._check_head()
         # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
         names = inspect.signature(type(self.body).forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
@@ -238,6 +239,11 @@ class Target(nn.Module):
                 raise _EnoughError
 
         return hook
+
+    def _check_head(self) -> None:
+        scale = next((n for n in ("logits_scaling", "logit_scale") if getattr(self.config, n, 1.0) != 1.0), None)
+        if scale:
+            raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
 
     def _check_attention(self) -> None:
         # Mistral and its kin name no layer types; a window holds for all their layers.

@@ -1,0 +1,158 @@
+"""Wrong commands end early, with one clear message and no traceback."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from tests.cli.conftest import ROOT, SMALL, Script
+
+from draftopd.cli.app import _problem
+from draftopd.cli.check import check
+from draftopd.cli.nearest import nearest
+from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.errors import ConfigError
+from draftopd.targets.target import Target
+
+DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("target=qwen3_99b", "target=qwen3_99b does not exist: did you mean 'qwen3_"),
+        ("los=asymmetric_kl", "los is no configuration key: did you mean 'loss"),
+        ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
+        ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_epochs'?"),
+        ("module.learning_rat=1", "did you mean 'module.learning_rate'?"),
+        ("loss.gama=0.5", "did you mean 'loss.gamma'?"),
+        ("seed", "'seed' is no override: write KEY=VALUE"),
+        ("experiment=paper", "experiment=paper does not exist"),
+        ("seed=[1", "'seed=[1' cannot be read"),
+    ],
+)
+def test_overrides_are_checked_first(override: str, message: str) -> None:
+    assert message in (_problem(ROOT / "configs", "train", [override]) or "")
+
+
+@pytest.mark.parametrize(
+    "override", ["seed=3", "loss=forward_kl", "+trainer.fast_dev_run=true", "loss.gamma=0.5", "logger=null"]
+)
+def test_good_overrides_pass(override: str) -> None:
+    assert _problem(ROOT / "configs", "train", [override]) is None
+
+
+@pytest.mark.parametrize(
+    "node, message",
+    [
+        ({"_target_": "draftopd.losses.kl.ForwardKL", "gama": 1.0}, "did you mean 'gamma'"),
+        ({"_target_": "draftopd.losses.kl.ForwardKL", "gamma": "x"}, "loss.gamma='x' does not fit float"),
+        ({"_target_": "draftopd.losses.kl.FowardKL"}, "names nothing"),
+        ({"_target_": "nowhere.Thing"}, "names nothing"),
+        ({"_target_": "draftopd.targets.target.Target.load", "path": "???"}, "must be given"),
+        ({"_target_": "lightning.Trainer", "max_epochs": "abc"}, "max_epochs='abc' does not fit"),
+        ({"_target_": "draftopd.losses.asymmetric_kl.AsymmetricKL", "normalization": "both"}, "normalization"),
+    ],
+)
+def test_names_and_types(node: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message.replace("?", r"\?")):
+        check({"loss": node})
+
+
+def test_nearest_lists_what_there_is_where_nothing_is_close() -> None:
+    assert nearest("zzz", ["alpha", "beta"]) == "choose from alpha, beta."
+
+
+def fails(done: subprocess.CompletedProcess[str], *messages: str) -> None:
+    text = done.stdout + done.stderr
+    assert done.returncode == 1, text
+    assert "Traceback" not in text, text
+    for message in messages:
+        assert message in text, text
+
+
+def test_no_network(script: Script, tmp_path: Path) -> None:
+    done = script("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
+    fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be had", "target.path=DIR")
+
+
+def test_wrong_type_and_value(script: Script, tmp_path: Path) -> None:
+    fails(script("train.py", "data.batch_size=x", f"hydra.run.dir={tmp_path}"), "data.batch_size='x' does not fit int")
+    fails(script("train.py", "loss.gamma=2", f"hydra.run.dir={tmp_path}"), "gamma must lie in (0, 1], found 2")
+
+
+@pytest.mark.slow
+def test_drafters_that_cannot_serve(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    target = ("target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path / 'run'}", *SMALL)
+    fails(script("train.py", *target, "drafter.checkpoint=nowhere"), "No drafter in nowhere")
+    fails(script("train.py", *target, "drafter.block_size=1"), "block_size 1 proposes nothing")
+    fails(script("train.py", *target, "drafter.target_layer_ids=[9]"), "layers [9]", "layers 0 to 4")
+    fails(
+        script("train.py", *target, "drafter.checkpoint=bundled:tiny_dflash"),
+        "hidden size is 192",
+        "this target's is 32",
+    )
+    fails(script("eval.py", *target[:3], "checkpoint=bundled:tiny_dflash"), "hidden size is 192")
+
+
+def test_vocabulary_and_depth_must_fit(target: Target, make_drafter, target_dirs: dict[str, Path]) -> None:
+    from draftopd.errors import DrafterError
+
+    drafter: DFlashDrafter = make_drafter(target)
+    with pytest.raises(DrafterError, match="vocabulary is 64, but this target's is 6"):
+        drafter.check_fits(Target.load(str(target_dirs["vocab_6"]), dtype="float32"))
+
+
+@pytest.mark.slow
+def test_prompts_that_do_not_fit(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    target = (
+        "target=hf",
+        f"target.path={chat_targets['qwen3']}",
+        f"hydra.run.dir={tmp_path / 'run'}",
+        *DRAFTER,
+        *SMALL,
+    )
+    prompts = tmp_path / "prompts.jsonl"
+    prompts.write_text(json.dumps({"prompt": "Mia has 3 apples."}) + "\n" + json.dumps({"prompt": ""}) + "\n")
+    mine = ("data=jsonl", f"data.train_prompts.path={prompts}")
+    fails(script("train.py", *target, *mine), "prompts.jsonl, line 2 has no text under 'prompt'")
+    fails(script("train.py", *target, "data.max_prompt_tokens=3"), "longer than data.max_prompt_tokens=3")
+    fails(script("train.py", *target, "max_new_tokens=250"), "context of 256", "max_new_tokens")
+
+
+@pytest.mark.slow
+def test_a_loss_that_is_not_finite(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path}", *DRAFTER, *SMALL,
+        "module.learning_rate=1e38", "module.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",
+    )  # fmt: skip
+    fails(done, "The loss is nan at step", "lower module.learning_rate")
+
+
+@pytest.mark.slow
+def test_ctrl_c_in_the_rollout(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    overrides = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, f"hydra.run.dir={tmp_path}"]
+    overrides += ["data.prompts_per_refresh=4000", "validate_first=false"]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "train.py"), *overrides],
+        env=env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    limit = time.monotonic() + 120
+    while not list(tmp_path.glob("anchors/.generation-*")) and time.monotonic() < limit:
+        time.sleep(0.05)
+    time.sleep(0.5)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in out + err, err
+    assert "Stopped" in out + err
+    assert list((tmp_path / "anchors").iterdir()) == []

@@ -1,0 +1,124 @@
+"""``train.py`` as its user runs it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tests.cli.conftest import ROOT, SMALL, Script
+
+from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.rollout.buffer import AnchorBuffer
+
+DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, chat_targets: dict[str, str], script: Script) -> Path:
+    """A finished Draft-OPD run on a small random Qwen3."""
+    directory = tmp_path_factory.mktemp("run")
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, f"hydra.run.dir={directory}"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "Training report" in done.stdout and "held-out tau before" in done.stdout
+    return directory
+
+
+def test_a_run_leaves_everything(finished: Path) -> None:
+    names = {p.name for p in finished.iterdir()}
+    assert {"drafter", "checkpoints", "tensorboard", "anchors", "config.yaml", "run.json", "report.json"} <= names
+    assert DFlashDrafter.load(finished / "drafter").block_size == 4
+    assert len(AnchorBuffer.latest(finished / "anchors")) == 8
+    record = json.loads((finished / "run.json").read_text())
+    assert record["seed"] == 0 and record["versions"]["torch"] and record["config"]["loss"]["gamma"] > 0
+    report = json.loads((finished / "report.json").read_text())
+    assert report["steps"] == 4 and report["tokens"] > 0
+    assert {"rollout", "target", "drafter", "loss"} <= report["seconds"].keys()
+
+
+def test_the_target_is_in_no_checkpoint(finished: Path) -> None:
+    checkpoint = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    assert checkpoint["state_dict"] and not [k for k in checkpoint["state_dict"] if k.startswith("target.")]
+
+
+def test_tensorboard_holds_scalars_histogram_and_text(finished: Path) -> None:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(finished / "tensorboard"))
+    events.Reload()
+    tags = events.Tags()
+    assert {"val/tau", "val/tau_macro", "rollout/tau", "val/acceptance_position_1"} <= set(tags["scalars"])
+    assert "val/rejection_position" in tags["histograms"]
+    assert any(tag.startswith("drafts/prompt_0") for tag in tags["tensors"])
+
+
+def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3",
+        f"hydra.run.dir={finished}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "Continuing from" in done.stdout
+    assert json.loads((finished / "report.json").read_text())["steps"] == 6
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
+def test_other_families_train(kind: str, tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
+    group = "qwen3_30b_a3b" if kind == "qwen3_moe" else "hf"
+    before = load_file(Path(chat_targets[kind]) / "model.safetensors")
+    done = script(
+        "train.py", "loss=asymmetric_kl", f"target={group}", f"target.path={chat_targets[kind]}", *SMALL,
+        f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "drafter" / "model.safetensors").exists()
+    after = load_file(Path(chat_targets[kind]) / "model.safetensors")
+    assert all(torch.equal(after[k], before[k]) for k in before)
+
+
+@pytest.mark.slow
+def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
+    done = script(
+        "train.py", "experiment=sft", "target=hf", f"target.path={chat_targets['qwen3']}", "drafter.num_layers=1",
+        *SMALL, f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    manifest = AnchorBuffer.latest(tmp_path / "anchors").manifest
+    assert manifest.blocks == 0 and manifest.sequences == 8
+
+
+@pytest.mark.slow
+def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
+    tmp_path: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    """SIGINT once the first epoch's checkpoint is there; the same command then gives the same weights."""
+    common = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3"]
+    common += ["data.prompts_per_refresh=24"]
+    whole = script("train.py", *common, f"hydra.run.dir={tmp_path / 'whole'}")
+    assert whole.returncode == 0, whole.stderr
+    directory = tmp_path / "broken"
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "train.py"), *common, f"hydra.run.dir={directory}"]
+    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    limit = time.monotonic() + 120
+    while not (directory / "checkpoints" / "last.ckpt").exists() and time.monotonic() < limit:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=120)
+    assert process.returncode != 0 and "Traceback" not in out + err, err
+    assert "Stopped" in out + err
+    assert not list(directory.rglob("*.partial"))
+    again = script("train.py", *common, f"hydra.run.dir={directory}")
+    assert again.returncode == 0, again.stderr
+    expected, found = (load_file(d / "drafter" / "model.safetensors") for d in (tmp_path / "whole", directory))
+    assert all(torch.equal(expected[k], found[k]) for k in expected)

@@ -1,0 +1,102 @@
+"""Replay batches: bucketed, seeded, restartable, sharded."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from draftopd.data.replay_datamodule import ReplayDataset, ReplayLoader, ReplaySampler
+from draftopd.replay import ReplayBatch
+from draftopd.rollout.buffer import BufferWriter, Recorded
+
+
+@pytest.fixture
+def root(tmp_path: Path) -> Path:
+    """A buffer of 40 sequences of 10 to 49 tokens; a sequence's first token is its number."""
+    with BufferWriter(tmp_path, 0, 0, shard_size=16) as writer:
+        for i in range(40):
+            anchors = list(range(5, 9 + i))
+            writer.add([Recorded([i, *range(100, 109 + i)], 5, anchors, [0] * len(anchors), [1] * len(anchors))])
+    return tmp_path
+
+
+def loader(
+    root: Path, batches: int = 10, rank: int = 0, ranks: int = 1, choice: str = "random", seed: int = 0
+) -> ReplayLoader:
+    sampler = ReplaySampler(batches, 4, seed, rank, ranks)
+    return ReplayLoader(ReplayDataset(root), sampler, choice, 6, pad=999)  # type: ignore[arg-type]
+
+
+def same(a: list[ReplayBatch], b: list[ReplayBatch]) -> bool:
+    return len(a) == len(b) and all(
+        torch.equal(x, y) for m, n in zip(a, b, strict=True) for x, y in zip(m, n, strict=True)
+    )
+
+
+def test_an_epoch_serves_every_sequence_once(root: Path) -> None:
+    batches = list(loader(root))
+    assert sorted(int(i) for b in batches for i in b.ids[:, 0]) == list(range(40))
+
+
+def test_rows_are_the_records(root: Path) -> None:
+    for batch in loader(root, choice="visited"):
+        for ids, length, anchors, mask in zip(*batch, strict=True):
+            number = int(ids[0])
+            assert int(length) == 10 + number
+            assert ids[:length].tolist() == [number, *range(100, 109 + number)]
+            assert (ids[length:] == 999).all()
+            assert set(anchors[mask].tolist()) <= set(range(5, 9 + number)) and mask.sum() == min(6, 4 + number)
+
+
+def test_batches_hold_like_lengths(root: Path) -> None:
+    padding = sum(int((b.ids == 999).sum()) for b in loader(root))
+    assert padding < 0.1 * sum(b.ids.numel() for b in loader(root))
+
+
+def test_seeds_and_epochs(root: Path) -> None:
+    first = loader(root)
+    one, two = list(first), list(first)
+    assert not same(one, two)
+    again = loader(root)
+    assert same(one, list(again)) and same(two, list(again))
+    assert not same(one, list(loader(root, seed=1)))
+
+
+@pytest.mark.parametrize("stop", [1, 4, 9])
+def test_a_restart_in_mid_epoch_serves_exactly_the_rest(root: Path, stop: int) -> None:
+    whole = loader(root)
+    list(whole)
+    second = list(whole)
+    broken = loader(root)
+    list(broken)
+    served = iter(broken)
+    for _ in range(stop):
+        next(served)
+    restored = loader(root)
+    restored.load_state_dict(broken.state_dict())
+    assert same(list(restored), second[stop:])
+    assert same(list(restored), list(whole))  # and the epochs after it
+
+
+def test_ranks_share_an_epoch(root: Path) -> None:
+    parts = [list(loader(root, batches=5, rank=r, ranks=2)) for r in range(2)]
+    assert [len(p) for p in parts] == [5, 5]
+    seen = sorted(int(i) for part in parts for b in part for i in b.ids[:, 0])
+    assert seen == list(range(40))
+
+
+def test_fewer_sequences_than_needed_come_again(root: Path) -> None:
+    batches = list(loader(root, batches=25))
+    counts = torch.bincount(torch.cat([b.ids[:, 0] for b in batches]), minlength=40)
+    assert len(batches) == 25 and counts.min() == 2 and counts.max() == 3
+
+
+def test_a_new_generation_is_taken_up_by_the_next_epoch(root: Path) -> None:
+    serving = loader(root, batches=1)
+    list(serving)
+    with BufferWriter(root, 1, 1) as writer:
+        writer.add([Recorded([77, 1, 2, 3], 2, [2], [0], [1])])
+    (batch,) = list(serving)
+    assert batch.ids[:, 0].tolist() == [77] * 4
