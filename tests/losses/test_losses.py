@@ -59,10 +59,11 @@ def make_blocks(accepted: list[int] | None = None, softcap: float | None = None,
     )
 
 
-def laws(blocks: Blocks) -> tuple[Tensor, Tensor]:
-    """p and q of every slot, with plain softmax."""
+def laws(blocks: Blocks, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
+    """p (at this temperature) and q of every slot, with plain softmax."""
     assert blocks.teacher is not None
-    return blocks.head.logits(blocks.teacher).softmax(-1), blocks.head.logits(blocks.student).softmax(-1)
+    p = (blocks.head.logits(blocks.teacher) / temperature).softmax(-1)
+    return p, blocks.head.logits(blocks.student).softmax(-1)
 
 
 def slow_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -70,7 +71,7 @@ def slow_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
-    p, q = laws(blocks)
+    p, q = laws(blocks, loss.teacher_temperature)
     streams: list[list[tuple[Tensor, float]]] = [[], []]
     for i in range(N):
         n = int(blocks.accepted[i])
@@ -78,10 +79,13 @@ def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
             if not blocks.valid[i, k - 1]:
                 continue
             if k <= n + int(loss.include_correction) and loss.stream_weights[0] > 0:
-                streams[0].append((slow_kl(p[i, k - 1], q[i, k - 1]), loss.stream_weights[0]))
+                weight = loss.stream_weights[0] * loss.gammas[0] ** (k - 1)
+                streams[0].append((slow_kl(p[i, k - 1], q[i, k - 1]), weight))
             last = n + 1 if loss.accept_until_fail else K
             if n < k <= last and loss.stream_weights[1] > 0:
-                streams[1].append((slow_kl(q[i, k - 1], p[i, k - 1]), loss.stream_weights[1] * loss.gamma ** (k - 1)))
+                streams[1].append(
+                    (slow_kl(q[i, k - 1], p[i, k - 1]), loss.stream_weights[1] * loss.gammas[1] ** (k - 1))
+                )
     if loss.normalization == "token":
         every = streams[0] + streams[1]
         return sum(v * w for v, w in every) / sum(w for _, w in every)
@@ -93,8 +97,8 @@ def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
     return sum(m * w for m, w in means) / sum(w for _, w in means)
 
 
-def slow_every_slot(blocks: Blocks, reverse: bool, gamma: float, until_fail: bool) -> Tensor:
-    p, q = laws(blocks)
+def slow_every_slot(blocks: Blocks, reverse: bool, gamma: float, until_fail: bool, temperature: float = 1.0) -> Tensor:
+    p, q = laws(blocks, temperature)
     total, weights = torch.zeros((), dtype=p.dtype), 0.0
     for i in range(N):
         for k in range(1, K + 1):
@@ -132,9 +136,10 @@ def assert_same(loss: Loss, blocks: Blocks, reference: Tensor) -> None:
     "options",
     [
         {},
-        {"gamma": 0.5, "accepted_weight": 2.0, "rejected_weight": 0.3},
+        {"gamma": 0.5, "accepted_gamma": 0.7, "accepted_weight": 2.0, "rejected_weight": 0.3},
         {"include_correction": True},
         {"accept_until_fail": True},
+        {"teacher_temperature": 0.5},
         {"include_correction": True, "accept_until_fail": True, "rejected_weight": 0.0},
         {"accepted_weight": 0.0},
     ],
@@ -165,6 +170,11 @@ def test_one_divergence_on_every_slot(reverse: bool, until_fail: bool, gamma: fl
     blocks = make_blocks()
     loss = (ReverseKL if reverse else ForwardKL)(gamma, until_fail)
     assert_same(loss, blocks, slow_every_slot(blocks, reverse, gamma, until_fail))
+
+
+def test_a_sharpened_teacher() -> None:
+    blocks = make_blocks()
+    assert_same(ReverseKL(teacher_temperature=0.6), blocks, slow_every_slot(blocks, True, 1.0, False, 0.6))
 
 
 @pytest.mark.parametrize("gamma", [None, 2.0])
@@ -259,10 +269,13 @@ def test_bf16_head_stays_near_float32() -> None:
     [
         lambda: AsymmetricKL(gamma=0.0),
         lambda: AsymmetricKL(gamma=1.1),
+        lambda: AsymmetricKL(accepted_gamma=0.0),
         lambda: AsymmetricKL(accepted_weight=-1.0),
         lambda: AsymmetricKL(accepted_weight=0.0, rejected_weight=0.0),
         lambda: AsymmetricKL(normalization="both"),
         lambda: ForwardKL(gamma=2.0),
+        lambda: ForwardKL(teacher_temperature=0.0),
+        lambda: AsymmetricKL(teacher_temperature=-1.0),
         lambda: CrossEntropy(gamma=-1.0),
     ],
 )

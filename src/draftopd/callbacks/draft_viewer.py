@@ -14,13 +14,13 @@ from draftopd.module import DraftModule
 
 
 def mark_blocks(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Markdown of one decode: accepted proposals bold, rejected ones struck, the target's token as code."""
+    """Markdown of one decode: accepted proposals bold, the target's token as code, rejected ones italic."""
 
     def show(tokens: list[int]) -> str:
         text = str(tokenizer.decode(tokens))
         for plain, marked in (("\\", "\\\\"), ("*", "\\*"), ("_", "\\_"), ("~", "\\~"), ("<", "&lt;"), ("\n", "⏎")):
             text = text.replace(plain, marked)
-        return text.strip()
+        return text.strip() or "␣" * len(text)
 
     lines = ["| block | accepted | correction or bonus | rejected | n |", "|---|---|---|---|---|"]
     start = 1
@@ -31,7 +31,7 @@ def mark_blocks(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
         cells = [
             f"**{show(accepted)}**" if accepted else "",
             f"`{show(token)}`" if token else "",
-            f"~~{show(rejected)}~~" if rejected and token else "",
+            f"*{show(rejected)}*" if rejected and token else "",
         ]
         lines.append(f"| {i + 1} | {' | '.join(c.replace('|', '&#124;') for c in cells)} | {n} |")
         start += emitted

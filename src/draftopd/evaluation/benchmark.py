@@ -29,15 +29,22 @@ class Benchmark(Protocol):
 
     name: str
 
-    def examples(self, limit: int | None = None) -> list[Example]: ...
+    def examples(self, limit: int | None = None) -> list[Example]:
+        """The first ``limit`` examples, or all."""
 
 
 class ReasoningBenchmark:
-    """Held-out problems of the bundled corpus; their arithmetic occurs in no training problem."""
+    """Held-out problems of the bundled corpus: no training problem has their kinds of step and numbers.
+
+    Raises:
+        PromptError: if ``count`` is less than 1.
+    """
 
     name = "reasoning"
 
     def __init__(self, split: Split = "test", count: int = 128) -> None:
+        if count < 1:
+            raise PromptError(f"benchmark.count must be 1 or more, found {count}.")
         self.split: Split = split
         self.count = count
 
@@ -61,7 +68,7 @@ class JsonlBenchmark:
         self.name = name or self.path.stem
 
     def examples(self, limit: int | None = None) -> list[Example]:
-        rows = read_jsonl(self.path, self.field, limit)
+        rows = read_jsonl(self.path, self.field, limit, group="benchmark")
         if not rows:
             raise PromptError(f"{self.path} holds no prompts: give at least one.")
         return [Example(f"{self.name}-{index}", messages) for index, messages in enumerate(rows)]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,11 +11,11 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder
 from draftopd.decoding.generate import Decoded, Decoder
-from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
-from draftopd.evaluation.benchmark import Benchmark, Example
+from draftopd.errors import PromptError
+from draftopd.evaluation.benchmark import Example
 from draftopd.evaluation.lossless import Mismatch, compare
+from draftopd.evaluation.settings import Settings
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.targets.target import Target
@@ -23,7 +23,11 @@ from draftopd.targets.target import Target
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One prompt's figures; ``seconds`` are its batch's, shared evenly among the batch."""
+    """One prompt's figures; seconds are its batch's, shared evenly among the batch.
+
+    ``accepted[i]`` and ``emitted[i]`` are block ``i``'s, see :class:`Decoded`. ``solved`` is None where the
+    benchmark knows no answer; ``mismatch`` is None where the texts are equal or were not compared.
+    """
 
     id: str
     prompt_tokens: int
@@ -40,22 +44,27 @@ class PromptResult:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A benchmark's figures for one drafter.
-
-    ``checked`` says whether token equality with plain decoding was to be expected (temperature 0).
-    """
+    """A benchmark's figures for one drafter."""
 
     benchmark: str
     block_size: int
-    batch_size: int
-    sampling: Sampling
-    checked: bool
+    settings: Settings
     prompts: list[PromptResult]
 
     @property
+    def checked(self) -> bool:
+        """Whether texts were compared with plain decoding: at temperature 0 they must be equal."""
+        return self.settings.sampling.greedy
+
+    @property
     def tau(self) -> tuple[float, float]:
-        """Micro and macro acceptance length."""
+        """Micro and macro acceptance length; NaN where no prompt came to a block."""
         return acceptance_length([p.emitted for p in self.prompts])
+
+    @property
+    def mean_accepted(self) -> float:
+        """Mean accepted length of :meth:`whole_blocks`."""
+        return float(self.whole_blocks().float().mean())
 
     @property
     def plain_rate(self) -> float:
@@ -74,7 +83,14 @@ class Evaluation:
     @property
     def speedup(self) -> float | None:
         """Speculative over plain tokens a second; None for a decoder that proved not lossless."""
-        return None if self.mismatches else self.speculative_rate / self.plain_rate
+        return None if self.withheld else self.speculative_rate / self.plain_rate
+
+    @property
+    def withheld(self) -> str | None:
+        """Why no speedup is given, or None."""
+        if not self.mismatches:
+            return None
+        return f"not lossless: {len(self.mismatches)} of {len(self.prompts)} texts differ"
 
     @property
     def solved(self) -> float | None:
@@ -88,7 +104,7 @@ class Evaluation:
         return torch.tensor([n for n, e in pairs if e == n + 1], dtype=torch.long)
 
     def acceptance_by_position(self) -> list[float]:
-        """See :class:`AcceptanceByPosition`."""
+        """See :class:`AcceptanceByPosition`; NaN where no block got that far."""
         metric = AcceptanceByPosition(self.block_size - 1)
         metric.update(self.whole_blocks())
         return [float(x) for x in metric.compute()]
@@ -104,56 +120,57 @@ def evaluate(
     target: Target,
     drafter: Drafter,
     tokenizer: PreTrainedTokenizerBase,
-    benchmark: Benchmark,
+    benchmark: str,
+    examples: Sequence[Example],
     stop: frozenset[int],
-    sampling: Sampling = Sampling(),
-    verification: Verification = "rejection_sampling",
-    max_new_tokens: int = 256,
-    batch_size: int = 1,
-    limit: int | None = None,
-    thinking: bool = True,
-    seed: int = 0,
+    settings: Settings,
     advance: Callable[[int, int], None] = lambda prompts, tokens: None,
 ) -> Evaluation:
-    """Decode every prompt plainly and with the drafter, the two in turns, the first batch once unmeasured.
+    """Decode every example plainly and with the drafter, the two in turns, the first batch once unmeasured.
 
     Args:
-        limit: at most so many prompts.
-        advance: told after each batch how many prompts and tokens were done.
+        benchmark: name of the results.
+        stop: token ids that end a response.
+        advance: told after each batch how many prompts and tokens were done, both texts counted.
 
     Raises:
-        PromptError: if a prompt does not fit the target's context.
+        PromptError: if there is no example, or one does not fit the target's context.
         DrafterError: if the drafter does not fit the target.
     """
-    encoder = PromptEncoder(tokenizer, thinking, max_tokens=target.max_positions)
-    examples = benchmark.examples(limit)
+    if not examples:
+        raise PromptError(f"The benchmark {benchmark} holds no prompts: give at least one.")
+    encoder = PromptEncoder(tokenizer, settings.thinking, max_tokens=target.max_positions)
     prompts = [encoder.encode(example.messages) for example in examples]
-    speculative = Decoder(target, drafter, sampling, verification, max_new_tokens, stop)
-    plain = Decoder(target, None, sampling, verification, max_new_tokens, stop)
+    common = settings.sampling, settings.verification, settings.max_new_tokens, stop
+    plain, speculative = Decoder(target, None, *common), Decoder(target, drafter, *common)
     for index, prompt in enumerate(prompts):
         speculative.check(prompt, index)
     results: list[PromptResult] = []
-    for number, start in enumerate(range(0, len(prompts), batch_size)):
-        batch = prompts[start : start + batch_size]
-        pair = [plain, speculative]
+    for number, start in enumerate(range(0, len(prompts), settings.batch_size)):
+        batch = prompts[start : start + settings.batch_size]
         if number == 0:
-            for decoder in pair:
-                decoder.decode_batch(batch, _generator(target, seed, start))
-        timed: dict[bool, tuple[list[Decoded], float]] = {}
-        for decoder in pair if number % 2 == 0 else reversed(pair):
-            began = time.perf_counter()
-            decoded = decoder.decode_batch(batch, _generator(target, seed, start))
-            timed[decoder is plain] = decoded, (time.perf_counter() - began) / len(batch)
-        (without, plain_seconds), (drafted, seconds) = timed[True], timed[False]
-        for example, p, s in zip(examples[start : start + batch_size], without, drafted, strict=True):
-            mismatch = compare(target, s.prompt, p.response, s.response) if sampling.greedy else None
-            results.append(_result(example, p, s, str(tokenizer.decode(s.response)), plain_seconds, seconds, mismatch))
-        advance(len(batch), sum(len(d.response) for d in drafted))
-    return Evaluation(benchmark.name, drafter.block_size, batch_size, sampling, sampling.greedy, results)
+            for decoder in (plain, speculative):
+                _timed(decoder, batch, settings.seed)
+        timed: dict[Decoder, tuple[list[Decoded], float]] = {}
+        for decoder in (plain, speculative) if number % 2 == 0 else (speculative, plain):
+            timed[decoder] = _timed(decoder, batch, settings.seed * 1_000_003 + start)
+        (without, plain_seconds), (drafted, seconds) = timed[plain], timed[speculative]
+        for example, p, s in zip(examples[start : start + len(batch)], without, drafted, strict=True):
+            mismatch = compare(target, s.prompt, p.response, s.response) if settings.sampling.greedy else None
+            text = str(tokenizer.decode(s.response))
+            results.append(_result(example, p, s, text, plain_seconds / len(batch), seconds / len(batch), mismatch))
+        advance(len(batch), sum(len(d.response) for d in (*without, *drafted)))
+    return Evaluation(benchmark, drafter.block_size, settings, results)
 
 
-def _generator(target: Target, seed: int, start: int) -> torch.Generator:
-    return torch.Generator(target.device).manual_seed(seed * 1_000_003 + start)
+def _timed(decoder: Decoder, batch: list[list[int]], seed: int) -> tuple[list[Decoded], float]:
+    """The decoded batch and its seconds. Decoding ends by reading tokens back, so a GPU has nothing left to do."""
+    # Plain decoding must not pay for features that only a drafter reads.
+    decoder.target.tap(decoder.drafter.target_layer_ids if decoder.drafter else ())
+    generator = torch.Generator(decoder.target.device).manual_seed(seed)
+    began = time.perf_counter()
+    decoded = decoder.decode_batch(batch, generator)
+    return decoded, time.perf_counter() - began
 
 
 def _result(

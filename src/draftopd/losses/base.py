@@ -40,13 +40,16 @@ class SlotLoss(Loss):
     Args:
         gamma: slot ``k`` weighs ``gamma^(k-1)``; 1 weighs all alike.
         accept_until_fail: drop the slots after the first rejection.
+        teacher_temperature: the target's logits are divided by it. 1 is the target's own distribution;
+            the nearer to 0, the nearer to its argmax, which is what decoding at temperature 0 accepts.
     """
 
-    def __init__(self, gamma: float = 1.0, accept_until_fail: bool = False) -> None:
+    def __init__(self, gamma: float = 1.0, accept_until_fail: bool = False, teacher_temperature: float = 1.0) -> None:
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
         self.gamma = gamma
         self.accept_until_fail = accept_until_fail
+        self.teacher_temperature = positive(teacher_temperature, "teacher_temperature")
         self.teacher = "until_fail" if accept_until_fail else "proposals"
 
     @abstractmethod
@@ -57,16 +60,26 @@ class SlotLoss(Loss):
         weights = power_decay(blocks.proposals.shape[1], self.gamma).to(blocks.student.device) * blocks.valid
         if self.accept_until_fail:
             weights = weights * blocks.until_fail()
-        loss = weighted_mean(*distilled(self.slot, blocks, weights))
+        loss = weighted_mean(*distilled(self.slot, blocks, weights, self.teacher_temperature))
         return LossOutput(loss, {"slot": loss.detach()})
 
 
-def distilled(fn: SlotFunction, blocks: Blocks, weights: Tensor) -> tuple[Tensor, Tensor]:
+def positive(value: float, name: str) -> float:
+    """The value, refused where it is not above 0."""
+    if not value > 0:
+        raise ValueError(f"{name} must be above 0, found {value}.")
+    return value
+
+
+def distilled(
+    fn: SlotFunction, blocks: Blocks, weights: Tensor, teacher_temperature: float = 1.0
+) -> tuple[Tensor, Tensor]:
     """``fn(student_logits, teacher_logits)`` at the slots that weigh something.
 
     Args:
         fn: a divergence of one slot.
         weights: ``[N, K]``; slots of weight 0 are not computed.
+        teacher_temperature: the target's logits are divided by it.
 
     Returns:
         values ``[n]`` and weights ``[n]`` of those slots.
@@ -78,7 +91,7 @@ def distilled(fn: SlotFunction, blocks: Blocks, weights: Tensor) -> tuple[Tensor
 
     def with_teacher(student_logits: Tensor, teacher: Tensor) -> Tensor:
         with torch.no_grad():
-            teacher_logits = head.logits(teacher)
+            teacher_logits = head.logits(teacher) / teacher_temperature
         return fn(student_logits, teacher_logits)
 
     return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used]), weights[used]

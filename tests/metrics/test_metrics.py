@@ -1,0 +1,133 @@
+"""Metrics against loops, their examples, and their reduction over processes."""
+
+from __future__ import annotations
+
+import doctest
+import importlib
+import math
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
+from torch import nn
+
+from draftopd.losses.blocks import Blocks
+from draftopd.metrics.acceptance_length import AcceptanceLength, acceptance_length
+from draftopd.metrics.agreement import Agreement, expected_accepted_length, slot_agreement
+from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+from draftopd.targets.head import LMHead
+
+
+@pytest.mark.parametrize("name", ["acceptance_length", "agreement", "positions"])
+def test_docstring_examples(name: str) -> None:
+    outcome = doctest.testmod(importlib.import_module(f"draftopd.metrics.{name}"))
+    assert outcome.attempted > 0 and outcome.failed == 0
+
+
+def test_tau_micro_and_macro() -> None:
+    emitted = [[8, 8, 1], [1], [], [2, 3]]
+    micro, macro = acceptance_length(emitted)
+    assert micro == pytest.approx(23 / 6) and macro == pytest.approx((17 / 3 + 1 + 2.5) / 3)
+    metric = AcceptanceLength()
+    metric.update(emitted[:2])
+    metric.update(emitted[2:])
+    assert float(metric.compute()["micro"]) == pytest.approx(micro)
+    assert float(metric.compute()["macro"]) == pytest.approx(macro)
+
+
+def test_tau_of_nothing_is_nan() -> None:
+    assert all(math.isnan(x) for x in acceptance_length([[]]))
+
+
+def test_positions_against_loops() -> None:
+    slots = 5
+    accepted = torch.randint(0, slots + 1, (200,), generator=torch.Generator().manual_seed(0))
+    rates, histogram = AcceptanceByPosition(slots), RejectionPosition(slots)
+    for part in accepted.split(70):
+        rates.update(part)
+        histogram.update(part)
+    for k in range(1, slots + 1):
+        there = [n for n in accepted.tolist() if n >= k - 1]
+        assert float(rates.compute()[k - 1]) == pytest.approx(sum(n >= k for n in there) / len(there))
+        assert int(histogram.compute()[k - 1]) == sum(n + 1 == k for n in accepted.tolist())
+    assert int(histogram.compute()[slots]) == sum(n == slots for n in accepted.tolist())
+
+
+def make_blocks(seed: int = 0) -> Blocks:
+    generator = torch.Generator().manual_seed(seed)
+    module = nn.Linear(4, 7, bias=False).requires_grad_(False)
+    module.weight.copy_(torch.randn(7, 4, generator=generator))
+    valid = torch.ones(5, 3, dtype=torch.bool)
+    valid[1, 2] = False
+    zeros = torch.zeros(5, 3, dtype=torch.long)
+    student, teacher = (torch.randn(5, 3, 4, generator=generator) for _ in range(2))
+    return Blocks(student, teacher, LMHead(module), zeros, zeros, zeros[:, 0], valid, valid)
+
+
+def test_agreement_against_loops() -> None:
+    blocks = make_blocks()
+    q, p = blocks.head.logits(blocks.student).softmax(-1), blocks.head.logits(blocks.teacher).softmax(-1)
+    overlap, draft, target = slot_agreement(blocks)
+    length = 0.0
+    for i in range(5):
+        product = 1.0
+        for k in range(3):
+            alpha = sum(min(float(p[i, k, v]), float(q[i, k, v])) for v in range(7))
+            assert float(overlap[i, k]) == pytest.approx(alpha, rel=1e-5)
+            assert float(draft[i, k]) == pytest.approx(-sum(float(x) * math.log(x) for x in q[i, k]), rel=1e-5)
+            assert float(target[i, k]) == pytest.approx(-sum(float(x) * math.log(x) for x in p[i, k]), rel=1e-5)
+            product *= alpha if blocks.valid[i, k] else 0.0
+            length += product
+    metric = Agreement()
+    metric.update(blocks)
+    assert float(metric.compute()["expected_accepted_length"]) == pytest.approx(length / 5, rel=1e-5)
+    assert float(metric.compute()["draft_entropy"]) == pytest.approx(float(draft[blocks.valid].mean()), rel=1e-5)
+
+
+def test_expected_accepted_length_is_what_rejection_sampling_accepts() -> None:
+    generator = torch.Generator().manual_seed(0)
+    overlap = torch.tensor([[0.9, 0.5, 0.7]])
+    luck = torch.rand(200_000, 3, generator=generator) < overlap
+    mean = float(luck.long().cumprod(-1).sum(-1).float().mean())
+    assert float(expected_accepted_length(overlap)) == pytest.approx(mean, abs=0.01)
+
+
+def test_agreement_needs_scored_blocks() -> None:
+    with pytest.raises(ValueError, match="teacher"):
+        slot_agreement(Blocks(**{**make_blocks().__dict__, "teacher": None}))
+
+
+def _worker(rank: int, directory: str) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    tau, rates, histogram, agreement = AcceptanceLength(), AcceptanceByPosition(3), RejectionPosition(3), Agreement()
+    tau.update([[4, 2], [1]] if rank == 0 else [[3]])
+    for metric in (rates, histogram):
+        metric.update(torch.tensor([0, 3] if rank == 0 else [2, 1, 3]))
+    agreement.update(make_blocks(rank))
+    found = {
+        "micro": float(tau.compute()["micro"]),
+        "macro": float(tau.compute()["macro"]),
+        "rates": rates.compute().tolist(),
+        "histogram": histogram.compute().tolist(),
+        "length": float(agreement.compute()["expected_accepted_length"]),
+    }
+    torch.save(found, f"{directory}/{rank}.pt")
+    dist.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_reduce_to_one_result(tmp_path: Path) -> None:
+    mp.spawn(_worker, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in range(2))
+    assert first == second
+    micro, macro = acceptance_length([[4, 2], [1], [3]])
+    assert first["micro"] == pytest.approx(micro) and first["macro"] == pytest.approx(macro)
+    histogram = RejectionPosition(3)
+    histogram.update(torch.tensor([0, 3, 2, 1, 3]))
+    assert first["histogram"] == histogram.compute().tolist()
+    together = Agreement()
+    for seed in range(2):
+        together.update(make_blocks(seed))
+    assert first["length"] == pytest.approx(float(together.compute()["expected_accepted_length"]))
