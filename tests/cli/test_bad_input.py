@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from tests.cli.conftest import ROOT, SMALL, Script
+from tests.conftest import small_model
 
 from draftopd.cli.app import _problem
 from draftopd.cli.check import check
@@ -32,6 +33,7 @@ DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
         ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_epochs'?"),
         ("module.learning_rat=1", "did you mean 'module.learning_rate'?"),
         ("loss.gama=0.5", "did you mean 'loss.gamma'?"),
+        ("logger=null", "write ~logger"),
         ("seed", "'seed' is no override: write KEY=VALUE"),
         ("experiment=paper", "experiment=paper does not exist"),
         ("seed=[1", "'seed=[1' cannot be read"),
@@ -42,7 +44,7 @@ def test_overrides_are_checked_first(override: str, message: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "override", ["seed=3", "loss=forward_kl", "+trainer.fast_dev_run=true", "loss.gamma=0.5", "logger=null"]
+    "override", ["seed=3", "loss=forward_kl", "+trainer.fast_dev_run=true", "loss.gamma=0.5", "~logger"]
 )
 def test_good_overrides_pass(override: str) -> None:
     assert _problem(ROOT / "configs", "train", [override]) is None
@@ -101,12 +103,14 @@ def test_drafters_that_cannot_serve(script: Script, tmp_path: Path, chat_targets
     fails(script("eval.py", *target[:3], "checkpoint=bundled:tiny_dflash"), "hidden size is 192")
 
 
-def test_vocabulary_and_depth_must_fit(target: Target, make_drafter, target_dirs: dict[str, Path]) -> None:
+def test_vocabulary_and_depth_must_fit(target: Target, make_drafter) -> None:
     from draftopd.errors import DrafterError
 
     drafter: DFlashDrafter = make_drafter(target)
-    with pytest.raises(DrafterError, match="vocabulary is 64, but this target's is 6"):
-        drafter.check_fits(Target.load(str(target_dirs["vocab_6"]), dtype="float32"))
+    with pytest.raises(DrafterError, match="vocabulary is 64, but this target's is 60"):
+        drafter.check_fits(Target(small_model("qwen3", vocab_size=60)))
+    with pytest.raises(DrafterError, match="number of target layers is 4, but this target's is 5"):
+        drafter.check_fits(Target(small_model("qwen3", num_hidden_layers=5)))
 
 
 @pytest.mark.slow
@@ -130,7 +134,7 @@ def test_prompts_that_do_not_fit(script: Script, tmp_path: Path, chat_targets: d
 def test_a_loss_that_is_not_finite(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
     done = script(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path}", *DRAFTER, *SMALL,
-        "module.learning_rate=1e38", "module.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",
+        "module.learning_rate=1e30", "module.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",
     )  # fmt: skip
     fails(done, "The loss is nan at step", "lower module.learning_rate")
 

@@ -65,7 +65,9 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
     for override in chosen:
         group, _, option = override.lstrip("+~").partition("=")
         options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
-        if option and option not in options | {"null"} and "," not in option:
+        if option == "null":
+            return f"{group}=null is not Hydra's way: write ~{group} to leave the group out."
+        if option and option not in options and "," not in option:
             return f"{group}={option} does not exist: {nearest(option, options)}"
     for override in overrides:
         try:

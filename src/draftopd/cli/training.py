@@ -62,9 +62,11 @@ def run(config: DictConfig) -> TrainingReport:
         print(f"Continuing from {resume}")
     elif config.validate_first:
         before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
-    trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
-    if trainer.interrupted:
-        raise KeyboardInterrupt
+    try:
+        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
+    except SystemExit as error:
+        # So Lightning ends a fit that Ctrl-C stopped.
+        raise KeyboardInterrupt from error
     if trainer.is_global_zero:
         drafter.save(directory / "drafter")
     report = TrainingReport(

@@ -183,6 +183,7 @@ class DFlashDrafter(Drafter):
         checkpoint: str | None = None,
         num_layers: int = 5,
         block_size: int | None = None,
+        default_block_size: int = 16,
         mask_token_id: int | None = None,
         target_layer_ids: list[int] | None = None,
         intermediate_size: int | None = None,
@@ -193,15 +194,18 @@ class DFlashDrafter(Drafter):
         Args:
             checkpoint: directory in the public DFlash layout; None starts fresh with the other arguments.
             block_size: with a checkpoint, replaces the one it was trained with.
+            default_block_size: of a fresh drafter, where ``block_size`` is None.
         """
         if checkpoint is not None:
             drafter = cls.load(checkpoint)
-            drafter.block_size = block_size or drafter.block_size
+            if block_size is not None:
+                drafter.block_size = block_size
             drafter.check_fits(target)
             return drafter
         taps = tuple(target_layer_ids) if target_layer_ids else None
         mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
-        return cls.for_target(target, num_layers, block_size or 16, mask, taps, intermediate_size, num_heads)
+        size = default_block_size if block_size is None else block_size
+        return cls.for_target(target, num_layers, size, mask, taps, intermediate_size, num_heads)
 
     @classmethod
     def load(cls, directory: str | Path) -> DFlashDrafter:
