@@ -46,10 +46,15 @@ def _check_call(node: dict[str, Any], path: str) -> None:
             raise ConfigError(f"{path}.{key} is no option of {node['_target_']}: {nearest(key, parameters)}")
         if isinstance(value, dict) and "_target_" in value:
             continue
-        _check_value(value, hints.get(key, Any), f"{path}.{key}" if path else key)
+        check_value(value, hints.get(key, Any), f"{path}.{key}" if path else key)
 
 
-def _check_value(value: Any, hint: Any, path: str) -> None:
+def check_value(value: Any, hint: Any, path: str) -> None:
+    """Compare one value with an annotation, its range (``PositiveInt``, ``Annotated``) included.
+
+    Raises:
+        ConfigError: naming the key, what was found, and what fits.
+    """
     if value == "???":
         raise ConfigError(f"{path} must be given: {path}=VALUE.")
     try:
@@ -58,7 +63,7 @@ def _check_value(value: Any, hint: Any, path: str) -> None:
         adapter = TypeAdapter(hint)  # types that carry a configuration of their own
     except (PydanticSchemaGenerationError, PydanticUndefinedAnnotation, TypeError):
         return
-    wanted = getattr(hint, "__name__", str(hint).replace("typing.", ""))
+    wanted = _name(hint)
     try:
         fitted = adapter.validate_python(value)
     except ValidationError as error:
@@ -66,12 +71,14 @@ def _check_value(value: Any, hint: Any, path: str) -> None:
         if first["type"] in ("is_instance_of", "callable_type"):
             return
         if first["type"] == "literal_error":
-            choices = re.findall(r"'([^']*)'", first["ctx"]["expected"])
+            expected = " ".join(e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error")
+            choices = [text or number for text, number in re.findall(r"'([^']*)'|\b(\d+)\b", expected)]
             raise ConfigError(f"{path}={value} does not exist: {nearest(str(value), choices)}") from error
-        raise ConfigError(f"{path}={value!r} does not fit {wanted}: {first['msg']}.") from error
+        raise ConfigError(f"{path}={value!r} does not fit{wanted}: {first['msg']}.") from error
     # The part gets the value as written, not as converted: the text "no" would count as true.
-    if isinstance(fitted, int) and type(fitted) is not type(value):
-        raise ConfigError(f"{path}={value!r} does not fit {wanted}: write {str(fitted).lower()}.")
+    as_written = type(fitted) is type(value) or (isinstance(fitted, float) and type(value) is int)
+    if isinstance(fitted, int | float) and not as_written:
+        raise ConfigError(f"{path}={value!r} does not fit{wanted}: write {str(fitted).lower()}.")
 
 
 def _locate(name: str, path: str) -> Callable[..., Any]:
@@ -93,6 +100,12 @@ def _locate(name: str, path: str) -> Callable[..., Any]:
 
 def _hints(called: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(called.__init__ if inspect.isclass(called) else called)
+        return get_type_hints(called.__init__ if inspect.isclass(called) else called, include_extras=True)
     except (NameError, TypeError):
         return {}
+
+
+def _name(hint: Any) -> str:
+    """`` int`` for a plain or ranged ``int``; nothing for what has no short name."""
+    plain = getattr(hint, "__origin__", hint)
+    return f" {plain.__name__}" if inspect.isclass(plain) else ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 
 from rich.console import Console
@@ -36,7 +37,14 @@ def print_report(report: TrainingReport) -> None:
     for section, seconds in [*report.seconds.items(), ("backward, start-up, other", other)]:
         table.add_row(f"time in {section}", f"{seconds:.1f} s")
     table.add_row("time in all", f"{report.total_seconds:.1f} s")
-    table.add_row("drafter", f"{report.directory}/drafter")
-    table.add_row("checkpoints", f"{report.directory}/checkpoints")
-    table.add_row("TensorBoard", f"tensorboard --logdir {report.directory}/tensorboard")
-    Console().print(table)
+    console = Console()
+    console.print(table)
+    # Outside the table, so that they can be copied whole.
+    where = os.path.relpath(report.directory)
+    for line in (
+        f"drafter      {where}/drafter",
+        f"checkpoints  {where}/checkpoints",
+        f"evaluate     python eval.py checkpoint={where}/drafter",
+        f"watch        tensorboard --logdir {where}/tensorboard",
+    ):
+        console.print(line, soft_wrap=True, highlight=False)

@@ -74,7 +74,11 @@ class JsonlPrompts(ListedPrompts):
 
 
 class HubPrompts(ListedPrompts):
-    """A mixture of hub datasets, each ``{path, name, split, field, count}``; needs ``pip install datasets``.
+    """A mixture of hub datasets; needs ``pip install datasets``.
+
+    Args:
+        sources: each ``{path, name, split, field, count, where}``: of the rows whose fields equal those in
+            ``where`` (optional), ``count`` are drawn by the seed, and ``field`` is the user's turn.
 
     Raises:
         PromptError: if ``datasets`` is not installed, a dataset cannot be had, or a field is missing.
@@ -145,6 +149,9 @@ def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
         ) from error
     if field not in rows.column_names:
         raise PromptError(f"The dataset {path} has no field {field!r}, only {', '.join(rows.column_names)}.")
+    wanted = source.get("where") or {}
+    if wanted:
+        rows = rows.filter(lambda row: all(row[key] == value for key, value in wanted.items()))
     rows = rows.shuffle(seed=seed)
     count = min(int(source.get("count", len(rows))), len(rows))
     return [[{"role": "user", "content": str(row[field])}] for row in rows.select(range(count))]
