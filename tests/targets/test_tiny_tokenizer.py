@@ -53,6 +53,14 @@ def test_special_tokens_are_single(tokenizer: PreTrainedTokenizerFast) -> None:
     assert len(ids) == 5
 
 
+def test_thinking_is_part_of_the_visible_text(tokenizer: PreTrainedTokenizerFast) -> None:
+    ids = tokenizer("<think>\nSo.\n</think>\n\n7<|im_end|>", add_special_tokens=False).input_ids
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "<think>\nSo.\n</think>\n\n7"
+    bundled = load_tokenizer("bundled:tiny_target")
+    ids = bundled("<think> 7</think><|im_end|>", add_special_tokens=False).input_ids
+    assert bundled.decode(ids, skip_special_tokens=True) == "<think> 7</think>"
+
+
 def test_building_is_deterministic() -> None:
     first, second = (build_tokenizer(vocab_size=300, corpus=20).get_vocab() for _ in range(2))
     assert first == second and len(first) == 300

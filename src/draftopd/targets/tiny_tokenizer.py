@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
@@ -50,13 +52,22 @@ def build_tokenizer(vocab_size: int = 1024, corpus: int = 20_000) -> PreTrainedT
     )
     texts = (f"user\n{p.question}assistant\n{p.response()} {p.equations}" for p in problems("train", corpus))
     tokenizer.train_from_iterator(texts, trainer)
+    tokenizer = _visible_thinking(tokenizer)
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
         eos_token=TURN_END,
         pad_token=END_OF_TEXT,
         mask_token=MASK,
-        additional_special_tokens=[TURN_START, THINK, END_THINK],
+        additional_special_tokens=[TURN_START],
         chat_template=CHAT_TEMPLATE,
         clean_up_tokenization_spaces=False,
         model_max_length=2048,
     )
+
+
+def _visible_thinking(tokenizer: Tokenizer) -> Tokenizer:
+    """Thinking marks as in Qwen3: single tokens, but part of the text that a server returns."""
+    state = json.loads(tokenizer.to_str())
+    for token in state["added_tokens"]:
+        token["special"] = token["content"] not in (THINK, END_THINK)
+    return Tokenizer.from_str(json.dumps(state))
