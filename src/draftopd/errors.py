@@ -21,6 +21,10 @@ class BufferError(DraftOPDError):
     """The anchor buffer cannot be read or written."""
 
 
+class ServerError(DraftOPDError):
+    """A serving engine cannot be reached, refuses, or answers what cannot be used."""
+
+
 class ConfigError(DraftOPDError):
     """The composed configuration holds a wrong name or value."""
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import lightning as L
@@ -19,6 +21,7 @@ from draftopd.metrics.acceptance_length import AcceptanceLength
 from draftopd.metrics.agreement import Agreement
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.replay import ReplayBatch, replay
+from draftopd.rollout.fresh import FreshAnchors
 from draftopd.stopwatch import Stopwatch
 from draftopd.targets.target import Target
 
@@ -39,6 +42,7 @@ class DraftModule(L.LightningModule):
         max_new_tokens: response limit in validation.
         verification: acceptance rule in validation above temperature 0.
         seed: of proposals drawn above temperature 0.
+        fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
     """
 
     def __init__(
@@ -56,6 +60,7 @@ class DraftModule(L.LightningModule):
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",
         seed: int = 0,
+        fresh: FreshAnchors | None = None,
     ) -> None:
         super().__init__()
         drafter.check_fits(target)
@@ -65,7 +70,7 @@ class DraftModule(L.LightningModule):
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate = warmup, final_rate
-        self.max_new_tokens, self.seed = max_new_tokens, seed
+        self.max_new_tokens, self.seed, self.fresh = max_new_tokens, seed, fresh
         self.strict_loading = False  # checkpoints hold no target
         self.clock = Stopwatch()
         self.tokens_seen = 0
@@ -82,6 +87,8 @@ class DraftModule(L.LightningModule):
             self.target, self.drafter, batch, self.sampling, self.stop,
             # Where agreement is logged all slots are scored, whatever the loss needs.
             teacher="proposals" if logs_now else self.loss.teacher, generator=self._generator(), clock=self.clock,
+            reanchor=self._fresh_anchors if self.fresh else None,
+            with_states=self.fresh is not None and self.fresh.walker.coupled,
         )  # fmt: skip
         with self.clock("loss"):
             output = self.loss(blocks)
@@ -95,6 +102,10 @@ class DraftModule(L.LightningModule):
         logged = {"loss": output.loss.detach(), **{f"loss_{name}": value for name, value in output.parts.items()}}
         logged["accepted_length"] = accepted.mean()
         logged["tokens"] = torch.tensor(float(self.tokens_seen))
+        if self.fresh:
+            logged["anchor_age"] = torch.zeros(())
+        elif (batch.made_at >= 0).any():
+            logged["anchor_age"] = self.global_step - batch.made_at[batch.made_at >= 0].float().mean()
         self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
         if logs_now:
@@ -102,6 +113,22 @@ class DraftModule(L.LightningModule):
             self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
             self.agreement.reset()
         return output.loss
+
+    @contextmanager
+    def drafting(self) -> Iterator[None]:
+        """The drafter as it decodes: without dropout, whatever it is in training."""
+        training = self.drafter.training
+        self.drafter.eval()
+        try:
+            yield
+        finally:
+            self.drafter.train(training)
+
+    def _fresh_anchors(self, batch: ReplayBatch, features: Tensor, states: Tensor | None) -> ReplayBatch:
+        assert self.fresh is not None
+        seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
+        with self.drafting():
+            return self.fresh.renew(self.target, self.drafter, batch, features, states, seed, self.global_step)
 
     def on_validation_epoch_start(self) -> None:
         for metric in (self.tau, self.by_position, self.rejections):

@@ -6,6 +6,7 @@ all blocks; then the accepted lengths follow (method: "Replay and the two stream
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -25,14 +26,41 @@ from draftopd.targets.target import Target
 class ReplayBatch(NamedTuple):
     """Recorded sequences and the anchors to replay.
 
-    ``ids [batch, n]`` padded on the right, ``lengths [batch]``, ``anchors [batch, A]`` padded, with
-    ``anchor_mask [batch, A]`` True at the real ones.
+    ``ids [batch, n]`` padded on the right, ``starts [batch]`` the first response positions, ``lengths [batch]``,
+    ``anchors [batch, A]`` padded, with ``anchor_mask [batch, A]`` True at the real ones. ``made_at [batch]``: how
+    many optimizer steps the drafter had taken whose anchors these are; -1 where they are no drafter's.
     """
 
     ids: Tensor
+    starts: Tensor
     lengths: Tensor
     anchors: Tensor
     anchor_mask: Tensor
+    made_at: Tensor
+
+    def at(self, chosen: Sequence[Tensor], made_at: int) -> ReplayBatch:
+        """The same sequences at other anchors, one tensor of positions a sequence."""
+        anchors, mask = pad_anchors(chosen)
+        device = self.ids.device
+        return self._replace(
+            anchors=anchors.to(device), anchor_mask=mask.to(device), made_at=torch.full_like(self.made_at, made_at)
+        )
+
+
+#: Chooses anchors once the target's features ``[batch, n, taps * hidden]`` and states ``[batch, n, hidden]`` (None
+#: where they were not computed) are known.
+Reanchor = Callable[[ReplayBatch, Tensor, "Tensor | None"], ReplayBatch]
+
+
+def pad_anchors(chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Anchors ``[batch, A]`` padded with 0, and the mask of the real ones; ``A`` is at least 1."""
+    count = max(1, *(len(places) for places in chosen))
+    anchors = torch.zeros(len(chosen), count, dtype=torch.long)
+    mask = torch.zeros(len(chosen), count, dtype=torch.bool)
+    for row, places in enumerate(chosen):
+        anchors[row, : len(places)] = places
+        mask[row, : len(places)] = True
+    return anchors, mask
 
 
 def replay(
@@ -44,6 +72,8 @@ def replay(
     teacher: TeacherScope = "proposals",
     generator: torch.Generator | None = None,
     clock: Stopwatch | None = None,
+    reanchor: Reanchor | None = None,
+    with_states: bool = False,
 ) -> Blocks:
     """The batch's blocks, with gradients on the drafter's side.
 
@@ -56,16 +86,21 @@ def replay(
             ``none``: no states. In the last two a proposal counts as accepted while it equals the recorded
             token. Above temperature 0 proposals are drawn anew and ``until_fail`` becomes ``proposals``.
         clock: told how long target and drafter took.
+        reanchor: chooses the anchors now, from the target's features; default the batch's own.
+        with_states: give it the target's states even where the loss needs none.
     """
     clock = clock or Stopwatch()
     if teacher == "until_fail" and not sampling.greedy:
         teacher = "proposals"
     cache = target.new_cache(batch.ids.shape[1])
     with clock("target"):
-        if teacher == "none":
+        if teacher == "none" and not with_states:
             states, features = None, target.read_features(batch.ids)
         else:
             states, features = target.read(batch.ids, cache)
+    if reanchor is not None:
+        with clock("walk"):
+            batch = reanchor(batch, features, states)
     head = target.head
     anchor_tokens = batch.ids.gather(1, batch.anchors)
 
@@ -89,7 +124,7 @@ def replay(
             accepted = _accepted(student.detach(), scored, proposals, head, sampling, generator)
         return Blocks(student, scored, head, proposals, labels, accepted, valid, recorded)
     accepted = accepted_prefix((proposals == labels) & recorded)
-    if states is None:
+    if teacher == "none" or states is None:
         return Blocks(student, None, head, proposals, labels, accepted, valid, recorded)
     before = (places - 1).clamp_max(batch.ids.shape[1] - 1)[kept]
     rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from draftopd.errors import BufferError
-from draftopd.rollout import buffer as module
+from draftopd.rollout import shards
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 
 
@@ -22,6 +22,7 @@ def records(count: int, offset: int = 0) -> list[Recorded]:
             anchors=[3, 5][: 1 + i % 2],
             accepted=[1, 0][: 1 + i % 2],
             emitted=[2, 1][: 1 + i % 2],
+            step=5,
         )
         for i in range(count)
     ]
@@ -78,7 +79,7 @@ def test_full_disk_in_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(module, "save_file", full)
+    monkeypatch.setattr(shards, "save_file", full)
     with pytest.raises(BufferError, match="cannot be written.*No space left.*hydra.run.dir"):
         write(tmp_path, generation=1)
     assert [p.name for p in tmp_path.iterdir()] == ["generation-00000"]
@@ -137,8 +138,8 @@ def test_broken_manifests(tmp_path: Path, content: str, message: str) -> None:
 def test_another_format(tmp_path: Path) -> None:
     directory = write(tmp_path).directory
     manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 1', '"format": 99'))
-    with pytest.raises(BufferError, match="format 99, this version reads 1"):
+    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
+    with pytest.raises(BufferError, match="format 99, this version reads 2"):
         AnchorBuffer(directory)
 
 

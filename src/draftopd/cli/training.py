@@ -25,7 +25,9 @@ from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
 from draftopd.module import DraftModule
-from draftopd.rollout.engines import Rollout
+from draftopd.rollout.anchors import depends_on_drafter
+from draftopd.rollout.engines import DecodeFreeRollout, Rollout
+from draftopd.rollout.fresh import FreshAnchors
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
 
@@ -39,19 +41,25 @@ def run(config: DictConfig) -> TrainingReport:
     _quiet()
     directory = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
+    rollout: Rollout = instantiate(config.rollout)
+    check_refresh(config, rollout)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer)
-    rollout: Rollout = instantiate(config.rollout)
-    if config.data.anchors == "visited" and not rollout.records_anchors:
-        raise ConfigError("This rollout records no anchors: use data.anchors=random, or rollout=speculative.")
     data: ReplayDataModule = instantiate(config.data)
-    data.attach(tokenizer, directory / "anchors")
+    data.attach(tokenizer, directory / "anchors", drafter.num_proposals)
+    schedule, fresh = config.refresh, None
+    texts, every_n_steps = rollout, schedule.every_n_steps
+    if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):
+        # Every step finds its anchors itself, so a refresh only brings texts.
+        fresh = FreshAnchors(rollout.walker, data.policy)
+        texts, every_n_steps = rollout.texts_only(), None
     module = DraftModule(
         target, drafter, instantiate(config.loss), rollout.sampling, stop_tokens(target, tokenizer),
-        max_new_tokens=config.max_new_tokens, seed=config.seed, **instantiate(config.module, _convert_="all"),
+        max_new_tokens=config.max_new_tokens, seed=config.seed, fresh=fresh,
+        **instantiate(config.module, _convert_="all"),
     )  # fmt: skip
-    refresh = RefreshAnchors(rollout, directory / "anchors", config.refresh.every_n_epochs, config.seed)
+    refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)
     trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
     write_record(directory, config)
 
@@ -82,6 +90,42 @@ def run(config: DictConfig) -> TrainingReport:
         (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         print_report(report)
     return report
+
+
+def check_refresh(config: DictConfig, rollout: Rollout) -> None:
+    """Refuse a rollout, texts, anchors and a schedule that do not go together.
+
+    Raises:
+        ConfigError: saying what would have no effect, and what to choose instead.
+    """
+    anchors, schedule = config.data.anchors, config.refresh
+    if depends_on_drafter(anchors) and not rollout.records_anchors:
+        raise ConfigError(
+            f"This rollout records no anchors, so data.anchors={anchors} finds none: use data.anchors=random or all, "
+            "or rollout=speculative or decode_free."
+        )
+    chosen = HydraConfig.get().runtime.choices.get("trajectories")
+    if rollout.trajectories is None and chosen != "in_process":
+        raise ConfigError(
+            f"rollout=speculative decodes its texts itself and takes none from trajectories={chosen}: "
+            "use rollout=decode_free, or rollout=target for SFT."
+        )
+    for name, least in (("every_n_epochs", 0), ("every_n_steps", 1)):
+        value = schedule[name]
+        if not (value is None and name == "every_n_steps") and (type(value) is not int or value < least):
+            raise ConfigError(f"refresh.{name} must be a whole number, {least} or more, found {value!r}.")
+    if schedule.every_n_steps is None:
+        return
+    if rollout.walker is None:
+        raise ConfigError(
+            "Only rollout=decode_free can renew anchors within an epoch (refresh.every_n_steps). With another rollout "
+            "make the epoch shorter: data.batches_per_epoch=N."
+        )
+    if not depends_on_drafter(anchors):
+        raise ConfigError(
+            f"data.anchors={anchors} does not depend on the drafter, so refresh.every_n_steps would have no effect: "
+            "leave it out, or use data.anchors=visited or error."
+        )
 
 
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import random
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from draftopd.data.order import RoundOrder
 from draftopd.data.reasoning import Split, problem
 from draftopd.errors import PromptError
 
@@ -24,14 +24,22 @@ class PromptSource(Protocol):
 
 
 class ReasoningPrompts:
-    """The bundled, unlimited reasoning problems."""
+    """The bundled reasoning problems.
 
-    def __init__(self, split: Split = "train", seed: int = 0) -> None:
+    Args:
+        count: only the first so many, in an order shuffled anew each round; None never repeats one.
+    """
+
+    def __init__(self, split: Split = "train", seed: int = 0, count: int | None = None) -> None:
         self.split: Split = split
         self.seed = seed
+        if count is not None and count < 1:
+            raise PromptError(f"The count of reasoning prompts must be 1 or more, or null, found {count}.")
+        self.order = None if count is None else RoundOrder(count, "reasoning", seed)
 
     def messages(self, index: int) -> Messages:
-        return [{"role": "user", "content": problem(self.split, index, self.seed).question}]
+        place = index if self.order is None else self.order[index]
+        return [{"role": "user", "content": problem(self.split, place, self.seed).question}]
 
 
 class ListedPrompts:
@@ -45,16 +53,13 @@ class ListedPrompts:
         if not conversations:
             raise PromptError(f"{name} holds no prompts: give at least one.")
         self.conversations = conversations
-        self.seed = seed
+        self.order = RoundOrder(len(conversations), "prompts", seed)
 
     def __len__(self) -> int:
         return len(self.conversations)
 
     def messages(self, index: int) -> Messages:
-        round_, place = divmod(index, len(self.conversations))
-        order = list(range(len(self.conversations)))
-        random.Random(f"draftopd/prompts/{self.seed}/{round_}").shuffle(order)
-        return self.conversations[order[place]]
+        return self.conversations[self.order[index]]
 
 
 class JsonlPrompts(ListedPrompts):
@@ -179,17 +184,17 @@ class PromptEncoder:
         )
         return list(encoded["input_ids"])
 
-    def take(self, source: PromptSource, start: int, count: int) -> list[list[int]]:
-        """The ``count`` prompts from ``start`` on, those longer than ``max_tokens`` left out.
+    def take(self, source: PromptSource, places: range) -> list[list[int]]:
+        """The prompts at these places, those longer than ``max_tokens`` left out.
 
         Raises:
             PromptError: if none is short enough.
         """
-        prompts = [self.encode(source.messages(index)) for index in range(start, start + count)]
+        prompts = [self.encode(source.messages(index)) for index in places]
         kept = [p for p in prompts if len(p) <= self.max_tokens]
         if not kept:
             raise PromptError(
-                f"All {count} prompts are longer than data.max_prompt_tokens={self.max_tokens} "
+                f"All {len(prompts)} prompts are longer than data.max_prompt_tokens={self.max_tokens} "
                 f"(the shortest has {min(map(len, prompts))}): raise it or use other prompts."
             )
         return kept

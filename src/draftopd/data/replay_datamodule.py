@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +13,12 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, PromptSource
-from draftopd.replay import ReplayBatch
-from draftopd.rollout.anchors import AnchorChoice, choose_anchors
+from draftopd.replay import ReplayBatch, pad_anchors
+from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
 from draftopd.rollout.buffer import AnchorBuffer, Recorded
+
+#: Records with the anchors of the drafter as it now is.
+Renew = Callable[[list[Recorded]], list[Recorded]]
 
 #: Batches sorted by length together: within a bucket rows are alike, across buckets order is random.
 BUCKET = 16
@@ -68,58 +72,97 @@ class ReplayDataset(Dataset[Recorded]):
 
 
 class ReplayLoader(DataLoader[Recorded]):
-    """A loader that can be put back in mid-epoch: same batches, same anchors drawn."""
+    """A loader that can be put back in mid-epoch: same batches, same anchors.
+
+    Args:
+        dataset, sampler: the buffer, and the order it is gone through.
+        policy: which anchors are replayed.
+        pad: token id behind the end of a sequence.
+        renew: gives records the current drafter's anchors; called with those of the next ``renew_every`` batches.
+            The loader runs in the training process and serves each batch when it is needed, so that "current"
+            means the step just taken.
+    """
 
     def __init__(
-        self, dataset: ReplayDataset, sampler: ReplaySampler, anchors: AnchorChoice, limit: int, pad: int
+        self,
+        dataset: ReplayDataset,
+        sampler: ReplaySampler,
+        policy: AnchorPolicy,
+        pad: int,
+        renew: Renew | None = None,
+        renew_every: int = 0,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=lambda rows: rows)
         self.replays, self.order = dataset, sampler
-        self.choice: AnchorChoice = anchors
-        self.limit, self.pad = limit, pad
+        self.policy, self.pad = policy, pad
+        self.renew, self.renew_every = renew, renew_every
         self._served = 0
         self._skip = 0
+        self._renewed: dict[int, list[Recorded]] = {}  # by the batch's place in the epoch
 
     def __iter__(self) -> Iterator[ReplayBatch]:  # type: ignore[override]
         buffer = self.replays.open()
         self.order.lengths = buffer.lengths
         skip, self._skip = self._skip, 0
         self._served = 0
-        for place, indices in enumerate(self.order):
-            self._served = place + 1
+        if not skip:
+            self._renewed = {}
+        batches = list(self.order)
+        for place, indices in enumerate(batches):
             if place < skip:
                 continue
+            if self.renew is not None and self.renew_every and place % self.renew_every == 0:
+                self._renew(self.renew, buffer, batches, place)
+            self._served = place + 1
             generator = torch.Generator().manual_seed(
                 (self.order.seed * 1_000_003 + self.order.epoch) * 1_000_003
                 + place * self.order.ranks
                 + self.order.rank
             )
-            yield self.collate([buffer[i] for i in indices], generator)
+            yield self.collate(self._renewed.get(place) or [buffer[i] for i in indices], generator)
         self.order.epoch += 1
         self._served = 0
+        self._renewed = {}
+
+    def _renew(self, renew: Renew, buffer: AnchorBuffer, batches: list[list[int]], place: int) -> None:
+        """Renew the anchors of the next batches, all at once."""
+        coming = range(place, min(place + self.renew_every, len(batches)))
+        records = iter(renew([buffer[i] for p in coming for i in batches[p]]))
+        self._renewed = {p: [next(records) for _ in batches[p]] for p in coming}
 
     def collate(self, records: list[Recorded], generator: torch.Generator) -> ReplayBatch:
         """Pad the records' tokens and chosen anchors into one batch."""
-        chosen = [
-            choose_anchors(self.choice, r.anchors, r.prompt_length, len(r.tokens), self.limit, generator)
-            for r in records
-        ]
+        chosen = [self.policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
+        anchors, mask = pad_anchors(chosen)
         lengths = torch.tensor([len(r.tokens) for r in records])
-        width, count = int(lengths.max()), max(1, *(len(a) for a in chosen))
-        ids = torch.full((len(records), width), self.pad)
-        anchors = torch.zeros(len(records), count, dtype=torch.long)
-        mask = torch.zeros(len(records), count, dtype=torch.bool)
-        for row, (record, places) in enumerate(zip(records, chosen, strict=True)):
+        ids = torch.full((len(records), int(lengths.max())), self.pad)
+        for row, record in enumerate(records):
             ids[row, : len(record.tokens)] = torch.tensor(record.tokens)
-            anchors[row, : len(places)] = places
-            mask[row, : len(places)] = True
-        return ReplayBatch(ids, lengths, anchors, mask)
+        starts = torch.tensor([r.prompt_length for r in records])
+        made_at = torch.tensor([-1 if r.step is None or not self.policy.of_the_drafter else r.step for r in records])
+        return ReplayBatch(ids, starts, lengths, anchors, mask, made_at)
 
     def state_dict(self) -> dict[str, Any]:
-        return {"epoch": self.order.epoch, "served": self._served}
+        renewed = {
+            place: [[r.anchors, r.accepted, r.emitted, r.step] for r in records]
+            for place, records in self._renewed.items()
+            if place >= self._served
+        }
+        return {"epoch": self.order.epoch, "served": self._served, "renewed": renewed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.order.epoch, self._skip = state["epoch"], state["served"]
+        if state["renewed"]:
+            buffer = self.replays.open()
+            self.order.lengths = buffer.lengths
+            batches = list(self.order)
+            self._renewed = {
+                place: [
+                    replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
+                    for i, (anchors, accepted, emitted, step) in zip(batches[place], columns, strict=True)
+                ]
+                for place, columns in state["renewed"].items()
+            }
 
 
 class ReplayDataModule(L.LightningDataModule):
@@ -132,7 +175,7 @@ class ReplayDataModule(L.LightningDataModule):
         validation_count: held-out prompts decoded at each validation.
         batch_size: recorded sequences a batch.
         anchors: which anchors are replayed.
-        anchors_per_sequence: at most so many of one sequence.
+        anchors_per_sequence: at most so many of one sequence; None takes all.
         batches_per_epoch: default once through the generation.
         validation_batch_size: prompts decoded together.
         thinking: the chat template's thinking mode.
@@ -148,7 +191,7 @@ class ReplayDataModule(L.LightningDataModule):
         validation_count: int,
         batch_size: int = 16,
         anchors: AnchorChoice = "visited",
-        anchors_per_sequence: int = 64,
+        anchors_per_sequence: int | None = 64,
         batches_per_epoch: int | None = None,
         validation_batch_size: int = 64,
         thinking: bool = True,
@@ -165,17 +208,25 @@ class ReplayDataModule(L.LightningDataModule):
         self.thinking, self.max_prompt_tokens, self.seed = thinking, max_prompt_tokens, seed
         self.buffer_root: Path | None = None
         self.encoder: PromptEncoder | None = None
+        self.slots = 0
+        #: See :class:`ReplayLoader`; set by the refresh callback where anchors are renewed within an epoch.
+        self.renew: Renew | None = None
+        self.renew_every = 0
 
-    def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path) -> None:
-        """Give it the target's tokenizer and the run's buffer directory, before fitting."""
+    def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int) -> None:
+        """Give it the target's tokenizer, the run's buffer directory and the proposals a block, before fitting."""
         self.encoder = PromptEncoder(tokenizer, self.thinking, self.max_prompt_tokens)
-        self.buffer_root = buffer_root
+        self.buffer_root, self.slots = buffer_root, slots
 
-    def prompts(self, refresh: int) -> list[list[int]]:
-        """The token ids to roll out at the ``refresh``-th time; each takes the next stretch of prompts."""
-        assert self.encoder is not None
+    def stretch(self, refresh: int, rank: int = 0, ranks: int = 1) -> range:
+        """A rank's places in the stream of prompts at the ``refresh``-th refresh; each takes the next stretch."""
         count = self.prompts_per_refresh
-        return self.encoder.take(self.sources["train"], refresh * count, count)
+        return range(refresh * count + rank, (refresh + 1) * count, ranks)
+
+    def prompts(self, places: range) -> list[list[int]]:
+        """The token ids of the training prompts at these places, too long ones left out."""
+        assert self.encoder is not None
+        return self.encoder.take(self.sources["train"], places)
 
     def train_dataloader(self) -> ReplayLoader:
         assert self.encoder is not None and self.buffer_root is not None
@@ -183,10 +234,16 @@ class ReplayDataModule(L.LightningDataModule):
         batches = self.batches_per_epoch or max(1, self.prompts_per_refresh // (self.batch_size * ranks))
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
-        return ReplayLoader(ReplayDataset(self.buffer_root), sampler, self.anchors, self.anchors_per_sequence, pad)
+        dataset = ReplayDataset(self.buffer_root)
+        return ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every)
+
+    @property
+    def policy(self) -> AnchorPolicy:
+        """Which anchors are replayed; known once the drafter is."""
+        return AnchorPolicy(self.anchors, self.anchors_per_sequence, self.slots)
 
     def val_dataloader(self) -> DataLoader[list[int]]:
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        prompts = self.encoder.take(self.sources["validation"], 0, self.validation_count)[rank::ranks]
+        prompts = self.encoder.take(self.sources["validation"], range(self.validation_count))[rank::ranks]
         return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]

@@ -64,3 +64,12 @@ def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Ten
     """One token id ``[...]`` from each row of ``[..., vocab]``; rows need not sum to one."""
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     return torch.multinomial(flat, 1, generator=generator).view(probabilities.shape[:-1])
+
+
+def inverse_draw(weights: Tensor, luck: Tensor) -> Tensor:
+    """The token ``[...]`` that each uniform number ``luck [...]`` in [0, 1) falls on, among ``weights [..., vocab]``.
+
+    Rows need not sum to one. The same numbers give the same tokens, whatever else is drawn beside them.
+    """
+    edges = weights.double().cumsum(-1)
+    return torch.searchsorted(edges, (luck * edges[..., -1])[..., None], right=True)[..., 0]

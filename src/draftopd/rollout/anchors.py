@@ -3,44 +3,68 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-AnchorChoice = Literal["visited", "random"]
+AnchorChoice = Literal["visited", "error", "random", "all"]
 
 
-def choose_anchors(
-    choice: AnchorChoice,
-    visited: Sequence[int],
-    prompt_length: int,
-    length: int,
-    limit: int,
-    generator: torch.Generator,
-) -> Tensor:
-    """At most ``limit`` anchors of one sequence, in order.
+@dataclass(frozen=True)
+class AnchorPolicy:
+    """How the anchors of one sequence are chosen.
 
     Args:
-        choice: ``visited`` takes the anchors that decoding began blocks at, ``random`` draws them
-            uniformly over the response (SFT, and the paper's main ablation).
-        visited: the recorded anchors.
-        prompt_length: first response position.
-        length: number of recorded tokens; the last one can begin no block.
-        generator: draws the random anchors, or which visited ones stay where there are too many.
-
-    Returns:
-        ``[A]`` positions, ascending.
+        choice: ``visited`` takes the anchors that decoding began blocks at. ``error`` takes the last token
+            before each first rejection, so that a block's first proposal is the one the drafter got wrong.
+            ``random`` draws anchors uniformly over the response (SFT, and the paper's main ablation).
+            ``all`` takes every response position; the limit does not apply to it.
+        limit: at most so many of one sequence; None takes all.
+        slots: proposals a block.
 
     Raises:
         ValueError: for an unknown choice.
     """
-    if choice == "visited":
-        candidates = torch.as_tensor(visited, dtype=torch.long)
-    elif choice == "random":
-        candidates = torch.arange(prompt_length, max(length - 1, prompt_length))
-    else:
-        raise ValueError(f"anchors must be 'visited' or 'random', found {choice!r}.")
-    if len(candidates) > limit:
-        candidates = candidates[torch.randperm(len(candidates), generator=generator)[:limit]]
-    return candidates.sort().values
+
+    choice: AnchorChoice
+    limit: int | None
+    slots: int
+
+    def __post_init__(self) -> None:
+        if self.choice not in get_args(AnchorChoice):
+            raise ValueError(f"anchors must be one of {', '.join(get_args(AnchorChoice))}, found {self.choice!r}.")
+
+    @property
+    def of_the_drafter(self) -> bool:
+        """Whether the anchors depend on the drafter's blocks."""
+        return depends_on_drafter(self.choice)
+
+    def choose(
+        self, visited: Sequence[int], accepted: Sequence[int], start: int, length: int, generator: torch.Generator
+    ) -> Tensor:
+        """The anchors ``[A]``, ascending.
+
+        Args:
+            visited, accepted: anchors and accepted lengths of the drafter's blocks.
+            start: first response position.
+            length: number of recorded tokens; the last one can begin no block.
+            generator: draws the random anchors, or which ones stay where there are too many.
+        """
+        if self.choice == "visited":
+            candidates = torch.as_tensor(visited, dtype=torch.long)
+        elif self.choice == "error":
+            blocks = zip(visited, accepted, strict=True)
+            errors = [anchor + n for anchor, n in blocks if n < self.slots and anchor + n < length - 1]
+            candidates = torch.as_tensor(errors, dtype=torch.long)
+        else:
+            candidates = torch.arange(start, max(length - 1, start))
+        if self.limit is not None and self.choice != "all" and len(candidates) > self.limit:
+            candidates = candidates[torch.randperm(len(candidates), generator=generator)[: self.limit]]
+        return candidates.sort().values
+
+
+def depends_on_drafter(choice: AnchorChoice) -> bool:
+    """Whether these anchors are found by a drafter's blocks."""
+    return choice in ("visited", "error")

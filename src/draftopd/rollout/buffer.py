@@ -12,33 +12,36 @@ from __future__ import annotations
 import json
 import shutil
 import sys
-import zlib
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
-from functools import lru_cache
+from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
 
-import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors import SafetensorError
 
 from draftopd.errors import BufferError
 from draftopd.files import replaced
+from draftopd.rollout.shards import Shard, checksum, disk, write_shard
 
-FORMAT = 1
-_RAGGED = ("tokens", "anchors", "accepted", "emitted")
+FORMAT = 2
+_COLUMNS = ("tokens", "anchors", "accepted", "emitted")
 
 
 @dataclass(frozen=True)
 class Recorded:
-    """One recorded sequence: prompt and response tokens, and where blocks began."""
+    """One recorded sequence: prompt and response tokens, and where blocks began.
+
+    ``step`` is the optimizer steps taken by the drafter whose blocks these are; read from a buffer it is set.
+    """
 
     tokens: list[int]
     prompt_length: int
     anchors: list[int]
     accepted: list[int]
     emitted: list[int]
+    step: int | None = None
 
 
 @dataclass(frozen=True)
@@ -122,15 +125,10 @@ class BufferWriter:
     def _flush(self) -> None:
         if not self._pending:
             return
-        tensors = {"prompt_lengths": torch.tensor([s.prompt_length for s in self._pending], dtype=torch.int32)}
-        for name in _RAGGED:
-            rows = [getattr(s, name) for s in self._pending]
-            tensors[name] = torch.tensor([x for row in rows for x in row], dtype=torch.int32)
-            ends = torch.tensor([0, *map(len, rows)], dtype=torch.int64).cumsum(0)
-            tensors[f"{name}_offsets"] = ends
-        path = self.partial / f"shard-{self.rank:03d}-{self._shards:05d}.safetensors"
-        with _disk(self.root), replaced(path) as partial:
-            save_file(tensors, partial)
+        columns = {name: [getattr(s, name) for s in self._pending] for name in _COLUMNS}
+        columns["prompt_lengths"] = [[s.prompt_length] for s in self._pending]
+        with _disk(self.root):
+            write_shard(self.partial / f"shard-{self.rank:03d}-{self._shards:05d}.safetensors", columns)
         self._shards += 1
         self._pending.clear()
 
@@ -139,13 +137,12 @@ class BufferWriter:
             paths = sorted(self.partial.glob("shard-*.safetensors"))
             counts = {"sequences": 0, "tokens": 0, "blocks": 0, "emitted": 0}
             for path in paths:
-                with safe_open(path, framework="pt") as shard:
-                    emitted = shard.get_tensor("emitted")
-                    counts["sequences"] += len(shard.get_tensor("prompt_lengths"))
-                    counts["tokens"] += len(shard.get_tensor("tokens"))
-                    counts["blocks"] += len(emitted)
-                    counts["emitted"] += int(emitted.sum())
-            manifest = Manifest(self.generation, self.step, shards={p.name: _checksum(p) for p in paths}, **counts)
+                shard = Shard(path)
+                counts["sequences"] += shard.rows("tokens")
+                counts["tokens"] += shard.offsets("tokens")[-1]
+                counts["blocks"] += shard.offsets("anchors")[-1]
+                counts["emitted"] += int(shard.column("emitted").sum())
+            manifest = Manifest(self.generation, self.step, shards={p.name: checksum(p) for p in paths}, **counts)
             with replaced(self.partial / "manifest.json") as partial:
                 partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
             final = _directory(self.root, self.generation)
@@ -166,22 +163,23 @@ class AnchorBuffer:
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        self._places: list[tuple[str, int]] = []
+        self._places: list[tuple[Shard, int]] = []
         self.lengths: list[int] = []
-        for name, checksum in self.manifest.shards.items():
+        for name, expected in self.manifest.shards.items():
             path = self.directory / name
             try:
-                if _checksum(path) != checksum:
+                if checksum(path) != expected:
                     raise BufferError(
                         f"{path} is damaged (its checksum differs): delete {self.directory} and roll out again."
                     )
-                ends = _shard(path)["tokens_offsets"]
+                shard = Shard(path)
+                ends = shard.offsets("tokens")
             except (OSError, SafetensorError, KeyError) as error:
                 raise BufferError(
                     f"{path} cannot be read ({error}): delete {self.directory} and roll out again."
                 ) from error
-            self.lengths += (ends[1:] - ends[:-1]).tolist()
-            self._places += [(name, i) for i in range(len(ends) - 1)]
+            self.lengths += [end - start for start, end in pairwise(ends)]
+            self._places += [(shard, i) for i in range(shard.rows("tokens"))]
 
     @classmethod
     def latest(cls, root: Path) -> AnchorBuffer:
@@ -195,13 +193,10 @@ class AnchorBuffer:
         return len(self._places)
 
     def __getitem__(self, index: int) -> Recorded:
-        name, row = self._places[index]
-        shard = _shard(self.directory / name)
-        ragged = {}
-        for key in _RAGGED:
-            start, end = shard[f"{key}_offsets"][row : row + 2].tolist()
-            ragged[key] = shard[key][start:end].tolist()
-        return Recorded(prompt_length=int(shard["prompt_lengths"][row]), **ragged)
+        shard, row = self._places[index]
+        (prompt_length,) = shard.row("prompt_lengths", row)
+        columns = {name: shard.row(name, row) for name in _COLUMNS}
+        return Recorded(prompt_length=prompt_length, step=self.manifest.step, **columns)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -224,37 +219,8 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-@lru_cache(maxsize=2)
-def _shard(path: Path) -> dict[str, torch.Tensor]:
-    with safe_open(path, framework="pt") as shard:
-        return {name: shard.get_tensor(name) for name in shard.keys()}  # noqa: SIM118
-
-
-def _checksum(path: Path) -> int:
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
-
-
-class _disk:
-    """Turn the disk's errors into one clear message."""
-
-    def __init__(self, root: Path) -> None:
-        self.root = root
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        if isinstance(error, (OSError, SafetensorError)):
-            raise BufferError(
-                f"The anchor buffer in {self.root} cannot be written: {error}. Free space or choose another "
-                "directory (hydra.run.dir=DIR); the former buffer and the checkpoints are untouched."
-            ) from error
+def _disk(root: Path) -> AbstractContextManager[None]:
+    return disk(root, "The anchor buffer")
 
 
 def _describe(root: Path) -> None:

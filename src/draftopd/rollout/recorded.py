@@ -1,0 +1,180 @@
+"""Trajectories that were recorded before, as token ids."""
+
+from __future__ import annotations
+
+import json
+from abc import abstractmethod
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from draftopd.data.order import RoundOrder
+from draftopd.errors import PromptError
+from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Request, Trajectories, Trajectory
+
+
+class RecordedTrajectories(Trajectories):
+    """Texts with prompts of their own, in an order shuffled anew each time through.
+
+    Prompts longer than the request's limit are left out and counted; responses are cut at their first stop
+    token and at the response limit.
+
+    Args:
+        prompt_field, response_field: names of the lists of token ids.
+        seed: of the order.
+    """
+
+    def __init__(self, prompt_field: str, response_field: str, seed: int) -> None:
+        super().__init__()
+        self.prompt_field, self.response_field, self.seed = prompt_field, response_field, seed
+
+    @abstractmethod
+    def __len__(self) -> int: ...
+
+    @abstractmethod
+    def read(self, index: int) -> tuple[Any, str]:
+        """One row, and where it stands."""
+
+    def collect(self, request: Request) -> Iterator[list[Trajectory]]:
+        """The stretch's texts.
+
+        Raises:
+            PromptError: naming the row and what is wrong with it, or if no text of the stretch can be used.
+        """
+        self.counts = Counter()
+        order = RoundOrder(len(self), "recorded", self.seed)
+        for begin in range(0, len(request.places), ORIGIN_SAMPLE):
+            places = request.places[begin : begin + ORIGIN_SAMPLE]
+            batch = [t for t in (self._trajectory(order, place, request) for place in places) if t is not None]
+            self.check_origin(request, batch)
+            self.counts["read"] += len(batch)
+            yield batch
+        if request.places and not self.counts["read"]:
+            raise PromptError(
+                f"None of {len(request.places)} recorded texts can be used: {self.counts['prompt too long']} prompts "
+                f"are longer than data.max_prompt_tokens={request.max_prompt_tokens}."
+            )
+
+    def _trajectory(self, order: RoundOrder, place: int, request: Request) -> Trajectory | None:
+        values, where = self.read(order[place])
+        if not isinstance(values, dict):
+            raise PromptError(f"{where} holds a {type(values).__name__}, expected an object.")
+        prompt, response = (
+            self._ids(values, name, where, request.target.vocab_size)
+            for name in (self.prompt_field, self.response_field)
+        )
+        if len(prompt) > request.max_prompt_tokens:
+            self.counts["prompt too long"] += 1
+            return None
+        stops = (i for i, token in enumerate(response) if token in request.stop)
+        end = next(stops, len(response) - 1) + 1
+        return Trajectory(prompt, response[: min(end, request.max_new_tokens)])
+
+    def _ids(self, values: dict[str, Any], name: str, where: str, vocabulary: int) -> list[int]:
+        ids = values.get(name)
+        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
+        if not whole or not ids:
+            found = f"found {', '.join(values)}" if name not in values else "it must be a list of numbers, not empty"
+            raise PromptError(
+                f"{where} has no token ids under {name!r} ({found}): set trajectories.prompt_field and "
+                "trajectories.response_field."
+            )
+        if not 0 <= min(ids) <= max(ids) < vocabulary:
+            raise PromptError(
+                f"{where}: {name!r} holds ids from {min(ids)} to {max(ids)}, but the target's vocabulary has "
+                f"{vocabulary}: the texts were recorded with another tokenizer."
+            )
+        return ids
+
+
+class JsonlTrajectories(RecordedTrajectories):
+    """Texts of a JSON-lines file, one object a line; lines are read when they are needed.
+
+    Args:
+        path: the file, UTF-8.
+        prompt_field, response_field, seed: see :class:`RecordedTrajectories`. The defaults are the names under
+            which vLLM and SGLang return token ids.
+
+    Raises:
+        PromptError: if the file cannot be read or is empty.
+    """
+
+    def __init__(
+        self, path: str, prompt_field: str = "prompt_token_ids", response_field: str = "token_ids", seed: int = 0
+    ) -> None:
+        super().__init__(prompt_field, response_field, seed)
+        self.path = Path(path)
+        self._starts, self._numbers = array("q"), array("q")
+        place = 0
+        try:
+            with self.path.open("rb") as file:
+                for number, line in enumerate(file, start=1):
+                    if line.strip():
+                        self._starts.append(place)
+                        self._numbers.append(number)
+                    place += len(line)
+        except OSError as error:
+            raise PromptError(
+                f"The trajectories {path} cannot be read ({error.strerror}): name a JSON-lines file."
+            ) from error
+        if not self._starts:
+            raise PromptError(f"{path} holds no trajectories: give at least one.")
+
+    def __len__(self) -> int:
+        return len(self._starts)
+
+    def read(self, index: int) -> tuple[Any, str]:
+        where = f"{self.path}, line {self._numbers[index]}"
+        try:
+            with self.path.open("rb") as file:
+                file.seek(self._starts[index])
+                return json.loads(file.readline().decode("utf-8")), where
+        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+            raise PromptError(f"{where} is not JSON ({error}): write one object a line.") from error
+
+
+class DatasetTrajectories(RecordedTrajectories):
+    """Texts of a dataset on the hub or in local files; needs ``pip install datasets``.
+
+    Args:
+        path: the dataset's name, or a file type such as ``parquet`` with ``data_files``.
+        name, split, data_files: as ``datasets.load_dataset`` takes them.
+        prompt_field, response_field, seed: see :class:`RecordedTrajectories`.
+
+    Raises:
+        PromptError: if ``datasets`` is not installed, the dataset cannot be had, or is empty.
+    """
+
+    def __init__(
+        self,
+        path: str,
+        name: str | None = None,
+        split: str = "train",
+        data_files: str | None = None,
+        prompt_field: str = "prompt_token_ids",
+        response_field: str = "token_ids",
+        seed: int = 0,
+    ) -> None:
+        super().__init__(prompt_field, response_field, seed)
+        try:
+            from datasets import load_dataset
+        except ImportError as error:
+            raise PromptError("Datasets of trajectories need the datasets package: pip install datasets.") from error
+        try:
+            self.rows = load_dataset(path, name, split=split, data_files=data_files)
+        except Exception as error:
+            raise PromptError(
+                f"The dataset {path} could not be had ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                "Use trajectories=jsonl trajectories.path=FILE for a local copy."
+            ) from error
+        self.path = path
+        if not len(self.rows):
+            raise PromptError(f"The dataset {path} holds no trajectories: give at least one.")
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def read(self, index: int) -> tuple[Any, str]:
+        return self.rows[index], f"{self.path}, row {index}"

@@ -1,0 +1,152 @@
+"""What serving engines answer, read into token ids that are sure to be the server's.
+
+The contracts: ``POST /v1/completions`` with ``return_token_ids`` (vLLM since 0.10.2, SGLang since mid 2026)
+gives each choice ``token_ids`` and ``prompt_token_ids``; SGLang's native ``POST /generate`` gives ``output_ids``
+and ``meta_info``; a plain completion gives ``text`` and ``usage``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any, NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from draftopd.rollout.trajectories import Request, Trajectory
+
+
+class Unproven(NamedTuple):
+    """Why an answer is left out."""
+
+    reason: str
+
+
+class AnswerError(Exception):
+    """An answer lacks what the contract promises."""
+
+
+def completion_body(request: Request, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
+    """The body of ``POST /v1/completions``; without ``token_ids`` nothing that plain servers do not know."""
+    sampling = request.sampling
+    body: dict[str, Any] = {
+        "model": model,
+        "prompt": prompt,
+        "max_tokens": request.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+    }
+    if not sampling.greedy:
+        body["seed"] = _seed(request, prompt)
+    if token_ids:
+        body |= {"return_token_ids": True, "stop_token_ids": sorted(request.stop)}
+        if sampling.top_k:
+            body["top_k"] = sampling.top_k
+    return body
+
+
+def generate_body(request: Request, prompt: list[int]) -> dict[str, Any]:
+    """The body of SGLang's ``POST /generate``."""
+    sampling = request.sampling
+    parameters: dict[str, Any] = {
+        "max_new_tokens": request.max_new_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "top_k": sampling.top_k or -1,
+        "stop_token_ids": sorted(request.stop),
+        "skip_special_tokens": False,
+    }
+    if not sampling.greedy:
+        parameters["sampling_seed"] = _seed(request, prompt)
+    return {"input_ids": prompt, "sampling_params": parameters}
+
+
+def from_token_ids(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
+    """A completion that carries its token ids.
+
+    Raises:
+        AnswerError: if it does not.
+    """
+    choice = _choice(answer)
+    if "token_ids" not in choice or choice["token_ids"] is None:
+        raise AnswerError("the answer has no token_ids; for a server that returns text only set trajectories.api=text")
+    asked = choice.get("prompt_token_ids")
+    if asked is not None and asked != prompt:
+        return Unproven("dropped, prompt differs")
+    return _trajectory(prompt, choice["token_ids"], choice.get("finish_reason"), choice.get("stop_reason"), request)
+
+
+def from_generate(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
+    """An answer of SGLang's native endpoint.
+
+    Raises:
+        AnswerError: if it lacks ids or reason.
+    """
+    try:
+        ids, meta = answer["output_ids"], answer["meta_info"]
+        finish = meta["finish_reason"]
+        if meta.get("prompt_tokens", len(prompt)) != len(prompt):
+            return Unproven("dropped, prompt differs")
+        return _trajectory(prompt, ids, finish["type"], finish.get("matched"), request)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise AnswerError("the answer lacks output_ids or meta_info.finish_reason") from error
+
+
+def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
+    """A completion that carries text only, tokenised again.
+
+    The tokens count as proven where the server counted as many for prompt and response, and they decode to
+    the same text. At temperature 0 the caller also compares them with the target's own choices.
+
+    Raises:
+        AnswerError: if it lacks text or usage.
+    """
+    choice = _choice(answer)
+    text, finish = choice.get("text"), choice.get("finish_reason")
+    usage = answer.get("usage") or {}
+    counted, prompted = usage.get("completion_tokens"), usage.get("prompt_tokens")
+    if not isinstance(text, str) or type(counted) is not int or type(prompted) is not int:
+        raise AnswerError("the answer lacks text or usage, without which its tokens cannot be proven")
+    if prompted != len(prompt):
+        return Unproven("dropped, prompt differs")
+    ids = encode(request.tokenizer, text)
+    if str(request.tokenizer.decode(ids)) != text:
+        return Unproven("dropped, text does not tokenise back")
+    # The text leaves out the stop token that ended it.
+    if finish == "stop" and len(ids) == counted - 1 and request.tokenizer.eos_token_id in request.stop:
+        ids = [*ids, int(request.tokenizer.eos_token_id)]
+    if len(ids) != counted:
+        return Unproven("dropped, token count differs")
+    return _trajectory(prompt, ids, finish, None, request)
+
+
+def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """Token ids of a text, with nothing put before or after it."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def _choice(answer: Any) -> dict[str, Any]:
+    choices = answer.get("choices") if isinstance(answer, dict) else None
+    if not isinstance(choices, list) or not choices or not isinstance(choices[0], dict):
+        raise AnswerError("the answer has no choices")
+    return choices[0]
+
+
+def _trajectory(prompt: list[int], ids: Any, finish: Any, matched: Any, request: Request) -> Trajectory | Unproven:
+    if not isinstance(ids, list) or not all(type(i) is int for i in ids):
+        raise AnswerError("the answer's token ids are no list of numbers")
+    if finish not in ("stop", "length"):
+        return Unproven(f"dropped, ended by {finish}")
+    if finish == "stop" and matched in request.stop and (not ids or ids[-1] != matched):
+        ids = [*ids, matched]
+    if not ids:
+        return Unproven("dropped, empty")
+    if not 0 <= min(ids) <= max(ids) < request.target.vocab_size:
+        return Unproven("dropped, ids outside the target's vocabulary")
+    end = next((i for i, token in enumerate(ids) if token in request.stop), len(ids) - 1) + 1
+    return Trajectory(prompt, ids[: min(end, request.max_new_tokens)])
+
+
+def _seed(request: Request, prompt: list[int] | str) -> int:
+    """One seed a prompt, so that a text does not depend on what is asked beside it."""
+    digest = hashlib.blake2b(f"{request.seed} {prompt}".encode(), digest_size=4).digest()
+    return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,83 @@
+"""Rows of token ids of different lengths in safetensors files that are whole or absent."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from draftopd.errors import BufferError
+from draftopd.files import replaced
+
+
+def write_shard(path: Path, columns: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Write columns of equally many rows; ``NAME`` holds the numbers, ``NAME_offsets`` where rows begin."""
+    tensors = {}
+    for name, rows in columns.items():
+        tensors[name] = torch.tensor([x for row in rows for x in row], dtype=torch.int32)
+        tensors[f"{name}_offsets"] = torch.tensor([0, *map(len, rows)], dtype=torch.int64).cumsum(0)
+    with replaced(path) as partial:
+        save_file(tensors, partial)
+
+
+class Shard:
+    """A shard opened for reading; the rows stay on disk until asked for.
+
+    Raises:
+        OSError, SafetensorError, KeyError: if it is absent or damaged.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._file = safe_open(path, framework="pt").__enter__()
+        self._offsets: dict[str, list[int]] = {}
+
+    def offsets(self, name: str) -> list[int]:
+        """Where a column's rows begin, and the last one ends."""
+        if name not in self._offsets:
+            try:
+                self._offsets[name] = self._file.get_tensor(f"{name}_offsets").tolist()
+            except SafetensorError as error:
+                raise KeyError(name) from error
+        return self._offsets[name]
+
+    def rows(self, name: str) -> int:
+        return len(self.offsets(name)) - 1
+
+    def row(self, name: str, index: int) -> list[int]:
+        start, end = self.offsets(name)[index : index + 2]
+        return self._file.get_slice(name)[start:end].tolist()
+
+    def column(self, name: str) -> Tensor:
+        """All rows of a column, one after the other."""
+        return self._file.get_tensor(name)
+
+
+def checksum(path: Path) -> int:
+    """CRC-32 of a file."""
+    value = 0
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            value = zlib.crc32(block, value)
+    return value
+
+
+@contextmanager
+def disk(root: Path, what: str) -> Iterator[None]:
+    """Turn the disk's errors into one clear message.
+
+    Raises:
+        BufferError: naming what could not be written, and why.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise BufferError(
+            f"{what} in {root} cannot be written: {error}. Free space or choose another directory "
+            "(hydra.run.dir=DIR); what was written before and the checkpoints are untouched."
+        ) from error

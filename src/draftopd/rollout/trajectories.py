@@ -1,0 +1,176 @@
+"""Trajectories: the target's own texts, wherever they come from.
+
+Which texts the target produces does not depend on the drafter, so each is produced once: by decoding in this
+process, by a serving engine (:mod:`draftopd.rollout.server`), or it was recorded before
+(:mod:`draftopd.rollout.recorded`).
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from transformers import PreTrainedTokenizerBase
+
+from draftopd.decoding.generate import Decoder
+from draftopd.decoding.sampling import Sampling
+from draftopd.drafters.base import Drafter
+from draftopd.errors import PromptError
+from draftopd.rollout.origin import foreign_tokens
+from draftopd.rollout.trajectory_store import TrajectoryStore
+from draftopd.targets.target import Target
+
+#: Texts looked at, and the share of their tokens that may differ: low precision decides near ties otherwise.
+ORIGIN_SAMPLE = 16
+MOST_FOREIGN = 0.05
+
+
+class Trajectory(NamedTuple):
+    """Token ids of one prompt and of the target's response, its stop token included."""
+
+    prompt: list[int]
+    response: list[int]
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a refresh asks for: the texts of one stretch of prompts.
+
+    Args:
+        target, drafter, tokenizer: as they are now.
+        prompts: gives the stretch's prompts as token ids.
+        places: the stretch in the endless stream of prompts; in distributed runs each rank asks for its share.
+        stop: token ids that end a response.
+        sampling: how responses are drawn.
+        max_new_tokens: response limit.
+        max_prompt_tokens: longer prompts are left out.
+        seed: of the draws.
+        progress: told how many texts and tokens were produced.
+    """
+
+    target: Target
+    drafter: Drafter
+    tokenizer: PreTrainedTokenizerBase
+    prompts: Callable[[], list[list[int]]]
+    places: range
+    stop: frozenset[int]
+    sampling: Sampling
+    max_new_tokens: int
+    max_prompt_tokens: int
+    seed: int
+    progress: Callable[[int, int], None] = lambda texts, tokens: None
+
+
+class Trajectories(ABC):
+    """A source of texts.
+
+    Attributes:
+        counts: what became of the texts of the last :meth:`collect`, by name, for the log.
+    """
+
+    def __init__(self) -> None:
+        self.counts: Counter[str] = Counter()
+        self._checked = False
+
+    @abstractmethod
+    def collect(self, request: Request) -> Iterator[list[Trajectory]]:
+        """The stretch's texts, batch by batch."""
+
+    def check_origin(self, request: Request, texts: list[Trajectory]) -> None:
+        """Look, once, whether the first few texts are the target's own.
+
+        Raises:
+            PromptError: if the target would not have produced them.
+        """
+        if self._checked or not texts:
+            return
+        self._checked = True
+        sample = texts[:ORIGIN_SAMPLE]
+        foreign = sum(map(len, foreign_tokens(request.target, sample, request.sampling)))
+        tokens = sum(len(t.response) for t in sample)
+        self.counts["foreign tokens"] = foreign
+        if foreign > MOST_FOREIGN * tokens:
+            raise PromptError(
+                f"{foreign} of the first {tokens} recorded response tokens are not what the target would produce at "
+                f"temperature {request.sampling.temperature:g}: use texts of this target, drawn with the same "
+                "temperature, top_k and top_p (rollout.*)."
+            )
+
+
+class GeneratedTrajectories(Trajectories):
+    """Texts that are produced for prompts, each once: what the store has is not produced again.
+
+    Args:
+        store: directory of the texts, shared by all runs that name it.
+    """
+
+    def __init__(self, store: str) -> None:
+        super().__init__()
+        self.store = store
+
+    def collect(self, request: Request) -> Iterator[list[Trajectory]]:
+        """The stretch's texts in the order of its prompts, once all are there.
+
+        Raises:
+            BufferError: if the store cannot be written.
+        """
+        self.counts = Counter()
+        prompts = request.prompts()
+        with TrajectoryStore(Path(self.store), settings(request)) as store:
+            missing = [list(p) for p in dict.fromkeys(map(tuple, prompts)) if store.get(list(p)) is None]
+            self.counts["reused"] = len(prompts) - len(missing)
+            for batch in self.generate(request, missing) if missing else ():
+                for trajectory in batch:
+                    store.add(*trajectory)
+                self.counts["generated"] += len(batch)
+                request.progress(len(batch), sum(len(t.response) for t in batch))
+            store.flush()
+            for prompt in prompts:
+                response = store.get(prompt)
+                if response is not None:
+                    yield [Trajectory(prompt, response)]
+
+    @abstractmethod
+    def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
+        """Produce texts for these prompts, in any order; a text that cannot be trusted is left out."""
+
+
+class InProcessTrajectories(GeneratedTrajectories):
+    """Texts decoded in this process.
+
+    Args:
+        batch_size: prompts decoded together.
+        drafted: decode speculatively with the current drafter, which is faster and gives the same texts (at
+            temperature 0; above it, texts of the same law). An untrained drafter only costs time.
+        store: see :class:`GeneratedTrajectories`.
+    """
+
+    def __init__(self, store: str, batch_size: int = 64, drafted: bool = True) -> None:
+        super().__init__(store)
+        self.batch_size, self.drafted = batch_size, drafted
+
+    def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
+        decoder = Decoder(
+            request.target, request.drafter if self.drafted else None, request.sampling,
+            max_new_tokens=request.max_new_tokens, stop=request.stop,
+        )  # fmt: skip
+        for batch in decoder.decode(prompts, self.batch_size, request.seed):
+            yield [Trajectory(d.prompt, d.response) for d in batch]
+
+
+def settings(request: Request) -> dict[str, object]:
+    """All that a text depends on beside its prompt."""
+    sampling = request.sampling
+    return {
+        "target": request.target.fingerprint(),
+        "temperature": sampling.temperature,
+        "top_k": sampling.top_k,
+        "top_p": sampling.top_p,
+        "max_new_tokens": request.max_new_tokens,
+        "stop": sorted(request.stop),
+        "seed": None if sampling.greedy else request.seed,
+    }
