@@ -93,7 +93,15 @@ def main() -> None:
 def report(rows: list[dict], options: argparse.Namespace) -> None:
     table = Table(title="Anchors of one text, milliseconds (median)", title_justify="left")
     first = rows[0]["batch_size"]
-    for heading in ("batch", "prompts", "speculative", "decode-free", "ratio", f"to speculative at {first}", "identical"):
+    for heading in (
+        "batch",
+        "prompts",
+        "speculative",
+        "decode-free",
+        "ratio",
+        f"to speculative at {first}",
+        "identical",
+    ):
         table.add_column(heading, justify="right")
     for row in rows:
         table.add_row(

@@ -96,7 +96,7 @@ def bundled_pair() -> tuple[Target, DFlashDrafter, list[list[int]], frozenset[in
     drafter = DFlashDrafter.load("bundled:tiny_dflash")
     target.tap(drafter.target_layer_ids)
     encoder = PromptEncoder(tokenizer)
-    prompts = encoder.take(ReasoningPrompts("validation"), 0, 6)
+    prompts = encoder.take(ReasoningPrompts("validation"), range(6))
     return target, drafter, prompts, stop_tokens(target, tokenizer)
 
 

@@ -34,7 +34,8 @@ def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
         ids[row, : len(d.tokens)] = torch.tensor(d.tokens)
         anchors[row, : len(d.anchors[:blocks])] = torch.tensor(d.anchors[:blocks])
         mask[row, : len(d.anchors[:blocks])] = True
-    return ReplayBatch(ids, torch.tensor([len(d.tokens) for d in decoded]), anchors, mask)
+    starts, lengths = (torch.tensor(x) for x in zip(*((len(d.prompt), len(d.tokens)) for d in decoded), strict=True))
+    return ReplayBatch(ids, starts, lengths, anchors, mask, torch.zeros(len(decoded), dtype=torch.long))
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
@@ -135,7 +136,8 @@ def test_acceptance_above_temperature_zero(
     target.tap(drafter.target_layer_ids)
     ids = torch.tensor([[1, 2, 3, 0, 4]])
     anchors = torch.full((1, many), 4)
-    batch = ReplayBatch(ids, torch.tensor([5]), anchors, torch.ones(1, many, dtype=torch.bool))
+    one, mask = torch.tensor([5]), torch.ones(1, many, dtype=torch.bool)
+    batch = ReplayBatch(ids, one - 1, one, anchors, mask, torch.zeros(1, dtype=torch.long))
     blocks = replay(target, drafter, batch, sampling, frozenset(), generator=torch.Generator().manual_seed(0))
     assert blocks.teacher is not None
     q = sampling.probabilities(blocks.head.logits(blocks.student[0, 0].detach()))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -74,6 +75,9 @@ class DraftModule(L.LightningModule):
         self.strict_loading = False  # checkpoints hold no target
         self.clock = Stopwatch()
         self.tokens_seen = 0
+        #: Seconds of rollouts and steps, validation left out; set at each validation.
+        self.training_seconds = 0.0
+        self._clock_started: float | None = None
         slots = drafter.num_proposals
         self.replayed = AcceptanceByPosition(slots)
         self.agreement = Agreement()
@@ -130,6 +134,9 @@ class DraftModule(L.LightningModule):
         with self.drafting():
             return self.fresh.renew(self.target, self.drafter, batch, features, states, seed, self.global_step)
 
+    def on_fit_start(self) -> None:
+        self._clock_started = time.perf_counter() - self.training_seconds - self.clock.seconds["validation"]
+
     def on_validation_epoch_start(self) -> None:
         for metric in (self.tau, self.by_position, self.rejections):
             metric.reset()
@@ -146,6 +153,10 @@ class DraftModule(L.LightningModule):
         self.rejections.update(accepted)
 
     def on_validation_epoch_end(self) -> None:
+        if self._clock_started is not None:
+            elapsed = time.perf_counter() - self._clock_started
+            self.training_seconds = elapsed - self.clock.seconds["validation"]
+            self.log("time/training_seconds", self.training_seconds)
         tau = {name: value.float() for name, value in self.tau.compute().items()}
         self.log("val/tau", tau["micro"], prog_bar=True, sync_dist=False)
         self.log("val/tau_macro", tau["macro"])
@@ -178,10 +189,12 @@ class DraftModule(L.LightningModule):
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("target.")}
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)
+        checkpoint["training_seconds"] = self.training_seconds
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.seconds.update(checkpoint["seconds"])
+        self.training_seconds = checkpoint["training_seconds"]
 
     def _generator(self) -> torch.Generator | None:
         if self.sampling.greedy:

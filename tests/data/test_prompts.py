@@ -87,9 +87,9 @@ def test_encoding(tokenizer: PreTrainedTokenizerFast) -> None:
 def test_long_prompts_are_left_out(tokenizer: PreTrainedTokenizerFast) -> None:
     texts = ["Mia has 3 apples.", "Mia has 3 apples. " * 40]
     source = ListedPrompts([[{"role": "user", "content": t}] for t in texts])
-    assert len(PromptEncoder(tokenizer, max_tokens=40).take(source, 0, 2)) == 1
+    assert len(PromptEncoder(tokenizer, max_tokens=40).take(source, range(2))) == 1
     with pytest.raises(PromptError, match="max_prompt_tokens=5"):
-        PromptEncoder(tokenizer, max_tokens=5).take(source, 0, 2)
+        PromptEncoder(tokenizer, max_tokens=5).take(source, range(2))
 
 
 def test_a_tokenizer_without_a_chat_template(tokenizer: PreTrainedTokenizerFast) -> None:
@@ -105,4 +105,4 @@ def test_real_rows(file: str, field: str, tokenizer: PreTrainedTokenizerFast) ->
         pytest.skip(f"{path} is not here")
     source = JsonlPrompts(str(path), field=field)
     assert len(source) > 50
-    assert PromptEncoder(tokenizer, max_tokens=4000).take(source, 0, len(source))
+    assert PromptEncoder(tokenizer, max_tokens=4000).take(source, range(len(source)))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from draftopd.data.replay_datamodule import ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.replay import ReplayBatch
+from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import BufferWriter, Recorded
 
 
@@ -26,7 +29,7 @@ def loader(
     root: Path, batches: int = 10, rank: int = 0, ranks: int = 1, choice: str = "random", seed: int = 0
 ) -> ReplayLoader:
     sampler = ReplaySampler(batches, 4, seed, rank, ranks)
-    return ReplayLoader(ReplayDataset(root), sampler, choice, 6, pad=999)  # type: ignore[arg-type]
+    return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy(choice, 6, 3), pad=999)  # type: ignore[arg-type]
 
 
 def same(a: list[ReplayBatch], b: list[ReplayBatch]) -> bool:
@@ -42,9 +45,9 @@ def test_an_epoch_serves_every_sequence_once(root: Path) -> None:
 
 def test_rows_are_the_records(root: Path) -> None:
     for batch in loader(root, choice="visited"):
-        for ids, length, anchors, mask in zip(*batch, strict=True):
+        for ids, start, length, anchors, mask, made_at in zip(*batch, strict=True):
             number = int(ids[0])
-            assert int(length) == 10 + number
+            assert (int(start), int(length), int(made_at)) == (5, 10 + number, 0)
             assert ids[:length].tolist() == [number, *range(100, 109 + number)]
             assert (ids[length:] == 999).all()
             assert set(anchors[mask].tolist()) <= set(range(5, 9 + number)) and mask.sum() == min(6, 4 + number)
@@ -100,3 +103,50 @@ def test_a_new_generation_is_taken_up_by_the_next_epoch(root: Path) -> None:
         writer.add([Recorded([77, 1, 2, 3], 2, [2], [0], [1])])
     (batch,) = list(serving)
     assert batch.ids[:, 0].tolist() == [77] * 4
+
+
+def renewing(root: Path, every: int, log: list[list[int]]) -> ReplayLoader:
+    """A loader whose anchors are renewed: the ``n``-th renewal gives every sequence the one anchor ``5 + n``."""
+
+    def renew(records: list[Recorded]) -> list[Recorded]:
+        log.append([r.tokens[0] for r in records])
+        n = len(log)
+        return [replace(r, anchors=[5 + n], accepted=[0], emitted=[1], step=100 + n) for r in records]
+
+    sampler = ReplaySampler(10, 4, seed=0)
+    return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy("visited", 6, 3), 999, renew, every)
+
+
+def test_anchors_are_renewed_just_for_the_batches_that_come(root: Path) -> None:
+    log: list[list[int]] = []
+    serving = iter(renewing(root, 4, log))
+    for place in range(10):
+        batch = next(serving)
+        # The renewal happens when the first of its batches is asked for, not before.
+        assert len(log) == place // 4 + 1
+        assert batch.anchors[batch.anchor_mask].tolist() == [5 + len(log)] * 4
+        assert batch.made_at.tolist() == [100 + len(log)] * 4
+        assert set(batch.ids[:, 0].tolist()) <= set(log[-1])
+    assert [len(x) for x in log] == [16, 16, 8]
+    assert sorted(i for part in log for i in part) == list(range(40))
+
+
+@pytest.mark.parametrize("stop", [1, 3, 4, 6])
+def test_a_restart_in_mid_epoch_keeps_renewed_anchors(root: Path, stop: int) -> None:
+    log: list[list[int]] = []
+    whole = list(renewing(root, 4, log))
+    broken_log: list[list[int]] = []
+    broken = renewing(root, 4, broken_log)
+    served = iter(broken)
+    for _ in range(stop):
+        next(served)
+    state = pickle.loads(pickle.dumps(broken.state_dict()))
+    restored = renewing(root, 4, broken_log)
+    restored.load_state_dict(state)
+    assert same(list(restored), whole[stop:])
+    assert broken_log == log
+
+
+def test_anchors_of_no_drafter_have_no_age(root: Path) -> None:
+    assert {int(x) for batch in loader(root, choice="random") for x in batch.made_at} == {-1}
+    assert {int(x) for batch in loader(root, choice="error") for x in batch.made_at} == {0}

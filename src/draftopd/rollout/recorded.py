@@ -50,6 +50,7 @@ class RecordedTrajectories(Trajectories):
             batch = [t for t in (self._trajectory(order, place, request) for place in places) if t is not None]
             self.check_origin(request, batch)
             self.counts["read"] += len(batch)
+            request.progress(len(places), sum(len(t.response) for t in batch))
             yield batch
         if request.places and not self.counts["read"]:
             raise PromptError(

@@ -123,6 +123,7 @@ class GeneratedTrajectories(Trajectories):
         with TrajectoryStore(Path(self.store), settings(request)) as store:
             missing = [list(p) for p in dict.fromkeys(map(tuple, prompts)) if store.get(list(p)) is None]
             self.counts["reused"] = len(prompts) - len(missing)
+            request.progress(self.counts["reused"], 0)
             for batch in self.generate(request, missing) if missing else ():
                 for trajectory in batch:
                     store.add(*trajectory)
@@ -163,7 +164,7 @@ class InProcessTrajectories(GeneratedTrajectories):
 
 
 def settings(request: Request) -> dict[str, object]:
-    """All that a text depends on beside its prompt."""
+    """What a text depends on beside its prompt and, above temperature 0, chance."""
     sampling = request.sampling
     return {
         "target": request.target.fingerprint(),
@@ -172,5 +173,4 @@ def settings(request: Request) -> dict[str, object]:
         "top_p": sampling.top_p,
         "max_new_tokens": request.max_new_tokens,
         "stop": sorted(request.stop),
-        "seed": None if sampling.greedy else request.seed,
     }

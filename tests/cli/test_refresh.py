@@ -1,0 +1,140 @@
+"""Schedules of anchors, and where texts come from, as a user asks for them."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.cli.conftest import SMALL, Script
+
+from draftopd.rollout.buffer import AnchorBuffer
+
+DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
+
+
+@pytest.fixture
+def train(chat_targets: dict[str, str], script: Script):
+    """Trains on the small target: ``(directory, *overrides) -> completed process``."""
+
+    def run(directory: Path, *overrides: str):
+        return script(
+            "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *overrides,
+            f"hydra.run.dir={directory}",
+        )  # fmt: skip
+
+    return run
+
+
+def scalars(directory: Path, tag: str) -> list[float]:
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars(tag)]
+
+
+def weights(directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(directory / "drafter" / "model.safetensors")
+
+
+def test_decode_free_training_is_speculative_training(train, tmp_path: Path) -> None:
+    """At temperature 0 the two rollouts record the same, so the same drafter comes out, bit for bit."""
+    for name in ("speculative", "decode_free"):
+        done = train(tmp_path / name, f"rollout={name}")
+        assert done.returncode == 0, done.stderr
+    first, second = (weights(tmp_path / name) for name in ("speculative", "decode_free"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+    manifest = AnchorBuffer.latest(tmp_path / "decode_free" / "anchors").manifest
+    assert manifest.blocks > 0 and manifest.step == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "schedule, ages",
+    [
+        (["data.batches_per_epoch=6", "refresh.every_n_epochs=0"], list(range(12))),
+        (["data.batches_per_epoch=6"], [0, 1, 2, 3, 4, 5] * 2),
+        (["data.batches_per_epoch=6", "refresh.every_n_steps=4"], [0, 1, 2, 3, 0, 1] * 2),
+        (["data.batches_per_epoch=6", "refresh.every_n_steps=1"], [0] * 12),
+        (
+            ["data.batches_per_epoch=6", "trainer.accumulate_grad_batches=2", "refresh.every_n_steps=2"],
+            [0, 0, 1, 1, 0, 0] * 2,
+        ),
+    ],
+)
+def test_the_log_shows_how_stale_anchors_are(schedule: list[str], ages: list[int], train, tmp_path: Path) -> None:
+    done = train(tmp_path, "rollout=decode_free", "trainer.log_every_n_steps=1", *schedule)
+    assert done.returncode == 0, done.stderr
+    logged = scalars(tmp_path, "train/anchor_age")
+    if "trainer.accumulate_grad_batches=2" in schedule:
+        ages = ages[1::2]  # logged once a step
+    assert logged == ages
+
+
+def test_fresh_anchors_above_temperature_zero(train, tmp_path: Path) -> None:
+    overrides = ("rollout=decode_free", "refresh.every_n_steps=1", "rollout.temperature=1.0", "data.anchors=error")
+    done = train(tmp_path, *overrides)
+    assert done.returncode == 0, done.stderr
+    # A refresh only brings texts.
+    assert AnchorBuffer.latest(tmp_path / "anchors").manifest.blocks == 0
+
+
+@pytest.mark.slow
+def test_runs_share_their_texts(train, tmp_path: Path) -> None:
+    common = ("rollout=decode_free", f"trajectories.store={tmp_path / 'texts'}")
+    for name in ("one", "two"):
+        done = train(tmp_path / name, *common)
+        assert done.returncode == 0, done.stderr
+    assert scalars(tmp_path / "one", "rollout/generated") == [8, 8]
+    assert scalars(tmp_path / "two", "rollout/generated") == [0, 0]
+    first, second = (weights(tmp_path / name) for name in ("one", "two"))
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+@pytest.mark.slow
+def test_training_on_recorded_texts(train, tmp_path: Path) -> None:
+    done = train(tmp_path / "first", "rollout=target", "data.anchors=all", "loss=cross_entropy")
+    assert done.returncode == 0, done.stderr
+    buffer = AnchorBuffer.latest(tmp_path / "first" / "anchors")
+    lines = []
+    for record in (buffer[i] for i in range(len(buffer))):
+        prompt, response = record.tokens[: record.prompt_length], record.tokens[record.prompt_length :]
+        lines.append(json.dumps({"prompt_token_ids": prompt, "token_ids": response}))
+    path = tmp_path / "texts.jsonl"
+    path.write_text("\n".join(lines))
+    done = train(tmp_path / "second", "rollout=decode_free", "trajectories=jsonl", f"trajectories.path={path}")
+    assert done.returncode == 0, done.stderr
+    again = AnchorBuffer.latest(tmp_path / "second" / "anchors")
+    known = {tuple(buffer[i].tokens) for i in range(len(buffer))}
+    assert {tuple(again[i].tokens) for i in range(len(again))} <= known and again.manifest.blocks > 0
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["rollout=target"], "records no anchors, so data.anchors=visited finds none: use data.anchors=random or all"),
+        (["rollout=target", "data.anchors=error"], "data.anchors=error finds none"),
+        (["refresh.every_n_steps=4"], "Only rollout=decode_free can renew anchors.*data.batches_per_epoch=N"),
+        (
+            ["rollout=decode_free", "refresh.every_n_steps=0"],
+            "every_n_steps must be a whole number, 1 or more",
+        ),
+        (["rollout=decode_free", "refresh.every_n_steps=1.5"], "found 1.5"),
+        (["refresh.every_n_epochs=-1"], "every_n_epochs must be a whole number, 0 or more, found -1"),
+        (["rollout=decode_free", "refresh.every_n_steps=2", "data.anchors=random"], "would have no effect"),
+        (["trajectories=server", "trajectories.url=http://127.0.0.1:9"], "takes none from trajectories=server"),
+        (["rollout=decode_free", "trajectories=server"], "trajectories.url must be given"),
+        (["rollout=decode_free", "trajectories=jsonl", "trajectories.path=nothing"], "No such file"),
+        (["rollout=decode_free", "trajectories=server", "trajectories.url=http://x", "trajectories.api=grpc"], "grpc"),
+        (["rollout=decode_free", "rollout.parallel_below=-1"], "parallel_below must be 0 or more"),
+    ],
+)
+@pytest.mark.slow
+def test_parts_that_do_not_go_together(overrides: list[str], message: str, train, tmp_path: Path) -> None:
+    done = train(tmp_path / "run", *overrides)
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert re.search(message, done.stderr, re.DOTALL), done.stderr
+    assert not (tmp_path / "run" / "checkpoints").exists()

@@ -1,0 +1,38 @@
+"""Requests for texts of the small target."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from transformers import PreTrainedTokenizerFast
+
+from draftopd.decoding.sampling import Sampling
+from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.rollout.trajectories import Request
+from draftopd.targets.target import Target
+
+MakeRequest = Callable[..., Request]
+
+
+@pytest.fixture
+def make_request(
+    target: Target, make_drafter: Callable[..., DFlashDrafter], tokenizer: PreTrainedTokenizerFast
+) -> MakeRequest:
+    """``(prompts, **changes) -> Request``; without prompts, twelve short random ones."""
+    drafter = make_drafter(target, block_size=4)
+    target.tap(drafter.target_layer_ids)
+
+    def make(prompts: list[list[int]] | None = None, **changes: object) -> Request:
+        generator = torch.Generator().manual_seed(1)
+        drawn = [torch.randint(0, 60, (4 + i % 5,), generator=generator).tolist() for i in range(12)]
+        asked = drawn if prompts is None else prompts
+        options = {
+            "target": target, "drafter": drafter, "tokenizer": tokenizer, "prompts": lambda: asked,
+            "places": range(len(asked)), "stop": frozenset({3, 11}), "sampling": Sampling(), "max_new_tokens": 20,
+            "max_prompt_tokens": 64, "seed": 0,
+        }  # fmt: skip
+        return Request(**options | changes)  # type: ignore[arg-type]
+
+    return make

@@ -1,0 +1,117 @@
+"""Recorded token ids: read as they are, or refused by name."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from tests.rollout.conftest import MakeRequest
+
+from draftopd.decoding.generate import Decoder
+from draftopd.errors import PromptError
+from draftopd.rollout.recorded import DatasetTrajectories, JsonlTrajectories
+from draftopd.rollout.trajectories import Request, Trajectories, Trajectory
+
+
+def texts_of(request: Request) -> list[Trajectory]:
+    decoder = Decoder(request.target, None, max_new_tokens=20, stop=request.stop)
+    return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
+
+
+def write(path: Path, texts: list[Trajectory], **more: object) -> str:
+    rows = [{"prompt_token_ids": t.prompt, "token_ids": t.response, **more} for t in texts]
+    path.write_text("\n".join(json.dumps(row) for row in rows) + "\n\n")
+    return str(path)
+
+
+def flat(source: Trajectories, request: Request) -> list[Trajectory]:
+    return [text for batch in source.collect(request) for text in batch]
+
+
+def test_every_text_once_a_round_in_another_order(tmp_path: Path, make_request: MakeRequest) -> None:
+    request = make_request()
+    texts = texts_of(request)
+    source = JsonlTrajectories(write(tmp_path / "texts.jsonl", texts, extra=1))
+    assert len(source) == 12
+    first, second = (flat(source, make_request(places=range(i, i + 12))) for i in (0, 12))
+    assert first != second and sorted(first) == sorted(second) == sorted(texts)
+    assert flat(source, make_request(places=range(3, 12, 4))) == first[3::4]
+    assert flat(JsonlTrajectories(str(tmp_path / "texts.jsonl"), seed=1), request) != first
+
+
+def test_responses_end_at_stop_token_and_limit(tmp_path: Path, make_request: MakeRequest) -> None:
+    request = make_request()
+    text = next(t for t in texts_of(request) if t.response[-1] in request.stop and len(t.response) > 3)
+    path = write(tmp_path / "texts.jsonl", [Trajectory(text.prompt, [*text.response, 5, 6])])
+    source = JsonlTrajectories(path)
+    assert flat(source, make_request(places=range(1))) == [text]
+    assert flat(source, make_request(places=range(1), max_new_tokens=2)) == [Trajectory(text.prompt, text.response[:2])]
+
+
+def test_long_prompts_are_counted(tmp_path: Path, make_request: MakeRequest) -> None:
+    texts = texts_of(make_request())
+    source = JsonlTrajectories(write(tmp_path / "texts.jsonl", texts))
+    kept = flat(source, make_request(max_prompt_tokens=5))
+    assert {len(t.prompt) for t in kept} == {4, 5}
+    assert source.counts["prompt too long"] == 12 - len(kept) and source.counts["read"] == len(kept)
+    with pytest.raises(PromptError, match="None of 12 recorded texts.*12 prompts are longer.*max_prompt_tokens=3"):
+        flat(source, make_request(max_prompt_tokens=3))
+
+
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("{", "line 2 is not JSON"),
+        (b"\xff\xfe", "line 2 is not JSON"),
+        ("[1]", "line 2 holds a list, expected an object"),
+        ('{"token_ids": [1]}', "no token ids under 'prompt_token_ids' .found token_ids.*trajectories.prompt_field"),
+        ('{"prompt_token_ids": [], "token_ids": [1]}', "under 'prompt_token_ids' .it must be a list"),
+        ('{"prompt_token_ids": [1], "token_ids": "text"}', "under 'token_ids' .it must be a list"),
+        ('{"prompt_token_ids": [1], "token_ids": [1.5]}', "under 'token_ids' .it must be a list"),
+        ('{"prompt_token_ids": [1], "token_ids": [true]}', "under 'token_ids' .it must be a list"),
+        ('{"prompt_token_ids": [1], "token_ids": [64]}', "ids from 64 to 64, but the target's vocabulary has 64"),
+        ('{"prompt_token_ids": [-1], "token_ids": [1]}', "another tokenizer"),
+    ],
+)
+def test_bad_rows_are_named(line: str | bytes, message: str, tmp_path: Path, make_request: MakeRequest) -> None:
+    path = tmp_path / "texts.jsonl"
+    path.write_bytes(b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
+    with pytest.raises(PromptError, match=f"{path.name}.*{message}"):
+        flat(JsonlTrajectories(str(path)), make_request(places=range(1)))
+
+
+def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
+    with pytest.raises(PromptError, match="No such file.*name a JSON-lines file"):
+        JsonlTrajectories(str(tmp_path / "nothing.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("\n \n")
+    with pytest.raises(PromptError, match="holds no trajectories"):
+        JsonlTrajectories(str(tmp_path / "empty.jsonl"))
+
+
+def test_another_models_texts_are_refused(tmp_path: Path, make_request: MakeRequest) -> None:
+    request = make_request()
+    foreign = [Trajectory(t.prompt, [(x + 7) % 60 for x in t.response]) for t in texts_of(request)]
+    source = JsonlTrajectories(write(tmp_path / "texts.jsonl", foreign))
+    with pytest.raises(PromptError, match="not what the target would produce at temperature 0: use texts of this"):
+        flat(source, request)
+
+
+def test_a_few_ties_decided_otherwise_are_counted(tmp_path: Path, make_request: MakeRequest) -> None:
+    texts = texts_of(make_request())
+    texts[0].response[-1] = (texts[0].response[-1] + 20) % 60
+    source = JsonlTrajectories(write(tmp_path / "texts.jsonl", texts))
+    assert len(flat(source, make_request())) == 12
+    assert source.counts["foreign tokens"] == 1
+
+
+def test_datasets(tmp_path: Path, make_request: MakeRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    datasets = pytest.importorskip("datasets", reason="the datasets package is not installed")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    texts = texts_of(make_request())
+    rows = {"asked": [t.prompt for t in texts], "token_ids": [t.response for t in texts]}
+    datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "texts.parquet")
+    source = DatasetTrajectories("parquet", data_files=str(tmp_path / "texts.parquet"), prompt_field="asked")
+    assert sorted(flat(source, make_request())) == sorted(texts)
+    with pytest.raises(PromptError, match="could not be had.*trajectories=jsonl"):
+        DatasetTrajectories("parquet", data_files=str(tmp_path / "other.parquet"))
