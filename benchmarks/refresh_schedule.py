@@ -73,8 +73,7 @@ def points(directory: Path) -> list[dict[str, float]]:
     taus = {event.step: event.value for event in events.Scalars("val/tau")}
     # Lightning logs a validation at the last step before it, counted from 0; the one before training is at 0 too.
     return [
-        {"step": step + (step > 0), "seconds": seconds.get(step, 0.0), "tau": tau}
-        for step, tau in sorted(taus.items())
+        {"step": step + (step > 0), "seconds": seconds.get(step, 0.0), "tau": tau} for step, tau in sorted(taus.items())
     ]
 
 

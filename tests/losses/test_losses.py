@@ -71,7 +71,7 @@ def slow_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
-    p, q = laws(blocks, loss.teacher_temperature)
+    p, q = laws(blocks, loss.target.temperature)
     streams: list[list[tuple[Tensor, float]]] = [[], []]
     for i in range(N):
         n = int(blocks.accepted[i])
@@ -79,12 +79,12 @@ def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
             if not blocks.valid[i, k - 1]:
                 continue
             if k <= n + int(loss.include_correction) and loss.stream_weights[0] > 0:
-                weight = loss.stream_weights[0] * loss.gammas[0] ** (k - 1)
+                weight = loss.stream_weights[0] * loss.gammas["accepted"] ** (k - 1)
                 streams[0].append((slow_kl(p[i, k - 1], q[i, k - 1]), weight))
             last = n + 1 if loss.accept_until_fail else K
             if n < k <= last and loss.stream_weights[1] > 0:
                 streams[1].append(
-                    (slow_kl(q[i, k - 1], p[i, k - 1]), loss.stream_weights[1] * loss.gammas[1] ** (k - 1))
+                    (slow_kl(q[i, k - 1], p[i, k - 1]), loss.stream_weights[1] * loss.gammas["rejected"] ** (k - 1))
                 )
     if loss.normalization == "token":
         every = streams[0] + streams[1]

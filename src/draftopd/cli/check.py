@@ -34,9 +34,7 @@ def check(config: Any, path: str = "") -> None:
 
 def _check_call(node: dict[str, Any], path: str) -> None:
     called = _locate(node["_target_"], path)
-    parameters = inspect.signature(called).parameters
-    hints = _hints(called)
-    open_ended = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
+    parameters, hints, open_ended = _parameters(called)
     for key, value in node.items():
         if key.startswith("_"):
             continue
@@ -98,9 +96,33 @@ def _locate(name: str, path: str) -> Callable[..., Any]:
     raise ConfigError(f"{path}._target_={name} names nothing that can be imported: check the spelling.")
 
 
-def _hints(called: Callable[..., Any]) -> dict[str, Any]:
+def _parameters(called: Callable[..., Any]) -> tuple[set[str], dict[str, Any], bool]:
+    """Names and annotations of the arguments, and whether others are taken too.
+
+    A class that hands ``**options`` on to its base takes the base's arguments as well.
+    """
+    functions = [called]
+    if inspect.isclass(called):
+        functions = [
+            vars(base)["__init__"] for base in called.__mro__ if "__init__" in vars(base) and base is not object
+        ]
+        functions = functions or [called]
+    names: set[str] = set()
+    hints: dict[str, Any] = {}
+    for function in functions:
+        parameters = inspect.signature(function).parameters.values()
+        named = [p.name for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL) and p.name != "self"]
+        names.update(named)
+        found = _hints(function)
+        hints |= {name: found[name] for name in named if name in found and name not in hints}
+        if not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            return names, hints, False
+    return names, hints, True
+
+
+def _hints(function: Callable[..., Any]) -> dict[str, Any]:
     try:
-        return get_type_hints(called.__init__ if inspect.isclass(called) else called, include_extras=True)
+        return get_type_hints(function, include_extras=True)
     except (NameError, TypeError):
         return {}
 

@@ -2,32 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from torch import Tensor
 
-import torch
-
-from draftopd.losses.base import Loss, LossOutput, distilled, positive
+from draftopd.losses.base import DistilledLoss, Normalization, Stream
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, reverse_kl
-from draftopd.losses.weighting import power_decay, weighted_mean
 
 
-class AsymmetricKL(Loss):
+class AsymmetricKL(DistilledLoss):
     """``(w_acc KL(p||q) on accepted + w_rej gamma^(k-1) KL(q||p) on rejected) / (w_acc + w_rej)``.
 
     Args:
-        gamma: decay of the rejected stream: slot ``k`` weighs ``gamma^(k-1)``.
+        gamma: decay of the rejected stream.
         accepted_gamma: the same for the accepted stream; the paper's is 1.
-        accepted_weight, rejected_weight: weights of the streams; a weight of 0 skips its stream.
-        include_correction: count the correction slot ``n + 1`` in the accepted stream too.
-        accept_until_fail: keep only the first slot of the rejected stream.
-        teacher_temperature: the target's logits are divided by it; near 0 the target's argmax is all that
-            counts, as in decoding at temperature 0.
-        normalization: ``stream`` averages each stream by itself, ``token`` all slots jointly.
-
-    Raises:
-        ValueError: if a weight is negative, both are 0, or gamma lies outside (0, 1].
+        accepted_weight, rejected_weight, include_correction, accept_until_fail, normalization: see
+            :class:`~draftopd.losses.base.StreamLoss`.
+        teacher_temperature, teacher_top_k: see :class:`~draftopd.losses.base.Teacher`.
     """
+
+    same_on_both = False
 
     def __init__(
         self,
@@ -38,48 +31,13 @@ class AsymmetricKL(Loss):
         include_correction: bool = False,
         accept_until_fail: bool = False,
         teacher_temperature: float = 1.0,
-        normalization: Literal["stream", "token"] = "stream",
+        normalization: Normalization = "stream",
+        teacher_top_k: int | None = None,
     ) -> None:
-        for decay in (gamma, accepted_gamma):
-            if not 0 < decay <= 1:
-                raise ValueError(f"gamma and accepted_gamma must lie in (0, 1], found {decay}.")
-        if min(accepted_weight, rejected_weight) < 0 or accepted_weight + rejected_weight == 0:
-            raise ValueError(
-                f"Stream weights must be 0 or more and not both 0, found {accepted_weight} and {rejected_weight}."
-            )
-        if normalization not in ("stream", "token"):
-            raise ValueError(f"normalization must be 'stream' or 'token', found {normalization!r}.")
-        self.gammas = (accepted_gamma, gamma)
-        self.stream_weights = (accepted_weight, rejected_weight)
-        self.include_correction = include_correction
-        self.accept_until_fail = accept_until_fail
-        self.teacher_temperature = positive(teacher_temperature, "teacher_temperature")
-        self.normalization = normalization
-        self.teacher = "until_fail" if accept_until_fail or rejected_weight == 0 else "proposals"
+        super().__init__(
+            gamma, accept_until_fail, teacher_temperature, accepted_gamma, accepted_weight, rejected_weight,
+            include_correction, normalization, teacher_top_k,
+        )  # fmt: skip
 
-    def __call__(self, blocks: Blocks) -> LossOutput:
-        slots = blocks.proposals.shape[1]
-        accepted, rejected = blocks.accepted_stream(self.include_correction), blocks.rejected_stream()
-        if self.accept_until_fail:
-            rejected = rejected & blocks.until_fail()
-        weights = [
-            weight * power_decay(slots, gamma).to(blocks.student.device) * stream
-            for weight, gamma, stream in zip(self.stream_weights, self.gammas, (accepted, rejected), strict=True)
-        ]
-        streams = [
-            distilled(fn, blocks, weight, self.teacher_temperature)
-            for fn, weight in zip((forward_kl, reverse_kl), weights, strict=True)
-        ]
-        means = [weighted_mean(*stream) for stream in streams]
-        if self.normalization == "token":
-            values, together = (torch.cat(parts) for parts in zip(*streams, strict=True))
-            loss = weighted_mean(values, together)
-        else:
-            # A stream without a slot in this batch has no mean and takes no part.
-            present = torch.stack([w.sum() > 0 for _, w in streams]) * loss_weights(self.stream_weights, means[0])
-            loss = weighted_mean(torch.stack(means), present)
-        return LossOutput(loss, {"accepted": means[0].detach(), "rejected": means[1].detach()})
-
-
-def loss_weights(weights: tuple[float, float], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(weights, dtype=like.dtype, device=like.device)
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
+        return self.target.compare(forward_kl if stream == "accepted" else reverse_kl, blocks, used)

@@ -1,15 +1,16 @@
-"""The loss protocol, and the plain case: one divergence, one weighted mean."""
+"""The loss protocol, and what nearly all losses share: one value a slot, weighted by stream and position."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import Literal, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import torch
 from torch import Tensor
 
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import SlotFunction, per_slot
+from draftopd.losses.divergence import keep_top_k
 from draftopd.losses.weighting import power_decay, weighted_mean
 
 
@@ -24,6 +25,11 @@ class LossOutput(NamedTuple):
 #: rejection only, where own and recorded tokens are the same (at temperature 0); or none.
 TeacherScope = Literal["proposals", "until_fail", "none"]
 
+#: ``stream``: each stream is averaged by itself, then both by their weights; ``token``: all slots jointly.
+Normalization = Literal["stream", "token"]
+
+Stream = Literal["accepted", "rejected"]
+
 
 class Loss(ABC):
     """A pure function of replayed blocks."""
@@ -34,64 +40,197 @@ class Loss(ABC):
     def __call__(self, blocks: Blocks) -> LossOutput: ...
 
 
-class SlotLoss(Loss):
-    """One per-slot loss on every slot: subclasses give :meth:`slot`, this class the weighted mean.
+class StreamLoss(Loss):
+    """A value a slot on the accepted and on the rejected stream, and the weighted mean of both.
 
     Args:
-        gamma: slot ``k`` weighs ``gamma^(k-1)``; 1 weighs all alike.
-        accept_until_fail: drop the slots after the first rejection.
-        teacher_temperature: the target's logits are divided by it. 1 is the target's own distribution;
-            the nearer to 0, the nearer to its argmax, which is what decoding at temperature 0 accepts.
+        gamma: decay over the block's positions: slot ``k`` of the rejected stream weighs ``gamma^(k-1)``.
+        accepted_gamma: the same for the accepted stream; None takes ``gamma``.
+        accepted_weight, rejected_weight: weights of the streams; a weight of 0 skips its stream.
+        include_correction: count the correction slot ``n + 1`` in the accepted stream too.
+        accept_until_fail: keep only the first slot of the rejected stream (Spec-AUF, arXiv 2607.01893).
+        normalization: see :data:`Normalization`.
+
+    Raises:
+        ValueError: if a weight is negative, both are 0, or gamma lies outside (0, 1].
     """
 
-    def __init__(self, gamma: float = 1.0, accept_until_fail: bool = False, teacher_temperature: float = 1.0) -> None:
-        if not 0 < gamma <= 1:
-            raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
-        self.gamma = gamma
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        accepted_gamma: float | None = None,
+        accepted_weight: float = 1.0,
+        rejected_weight: float = 1.0,
+        include_correction: bool = False,
+        accept_until_fail: bool = False,
+        normalization: Normalization = "token",
+    ) -> None:
+        gammas = (gamma if accepted_gamma is None else accepted_gamma, gamma)
+        for decay in gammas:
+            if not 0 < decay <= 1:
+                raise ValueError(f"gamma and accepted_gamma must lie in (0, 1], found {decay}.")
+        if min(accepted_weight, rejected_weight) < 0 or accepted_weight + rejected_weight == 0:
+            raise ValueError(
+                f"Stream weights must be 0 or more and not both 0, found {accepted_weight} and {rejected_weight}."
+            )
+        if normalization not in get_args(Normalization):
+            raise ValueError(f"normalization must be 'stream' or 'token', found {normalization!r}.")
+        self.gammas = dict(zip(get_args(Stream), gammas, strict=True))
+        self.stream_weights = (accepted_weight, rejected_weight)
+        self.include_correction = include_correction
         self.accept_until_fail = accept_until_fail
-        self.teacher_temperature = positive(teacher_temperature, "teacher_temperature")
-        self.teacher = "until_fail" if accept_until_fail else "proposals"
+        self.normalization = normalization
+        self.teacher = "until_fail" if accept_until_fail or rejected_weight == 0 else "proposals"
+
+    #: Whether both streams have the same value at a slot.
+    same_on_both = True
+
+    @abstractmethod
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
+        """``[n]``: the values of a stream's slots, those where ``used [N, K]`` is True."""
+
+    def decay(self, slots: int, stream: Stream) -> Tensor:
+        """``[K]``: what each position of a stream weighs."""
+        return power_decay(slots, self.gammas[stream])
+
+    def usable(self, blocks: Blocks) -> Tensor:
+        """``[N, K]``: slots that may count at all."""
+        return blocks.valid
+
+    def weights(self, blocks: Blocks, stream: Stream) -> Tensor:
+        """``[N, K]``: what each slot weighs within a stream, the stream's own weight left out."""
+        if stream == "accepted":
+            member = blocks.slots < (blocks.accepted + int(self.include_correction))[:, None]
+        else:
+            member = blocks.slots >= blocks.accepted[:, None]
+            if self.accept_until_fail:
+                member = member & blocks.until_fail()
+        decay = self.decay(blocks.proposals.shape[1], stream).to(blocks.student.device)
+        return decay * (member & self.usable(blocks))
+
+    def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
+        """``[N, K]``: a factor on the weights that depends on the values ``[N, K]``, known where ``used``.
+
+        Only where :attr:`same_on_both`.
+        """
+        return torch.ones_like(values)
+
+    def __call__(self, blocks: Blocks) -> LossOutput:
+        weights = [w * self.weights(blocks, s) for s, w in zip(get_args(Stream), self.stream_weights, strict=True)]
+        masks = [weight > 0 for weight in weights]
+        if self.same_on_both:
+            # A slot may stand in both streams: it is computed once.
+            used = masks[0] | masks[1]
+            every = blocks.student.new_zeros(used.shape, dtype=torch.float32)
+            every = every.masked_scatter(used, self.values(blocks, used, "accepted"))
+            factor = self.importance(blocks, every.detach(), used)
+            values, weights = [every[mask] for mask in masks], [weight * factor for weight in weights]
+        else:
+            values = [self.values(blocks, m, s) for s, m in zip(get_args(Stream), masks, strict=True)]
+        kept = [weight[mask] for weight, mask in zip(weights, masks, strict=True)]
+        means = [weighted_mean(v, w) for v, w in zip(values, kept, strict=True)]
+        if self.normalization == "token":
+            loss = weighted_mean(torch.cat(values), torch.cat(kept))
+        else:
+            # A stream without a slot in this batch has no mean and takes no part.
+            present = torch.stack([w.sum() > 0 for w in kept])
+            loss = weighted_mean(torch.stack(means), present * means[0].new_tensor(self.stream_weights))
+        return LossOutput(loss, {name: mean.detach() for name, mean in zip(get_args(Stream), means, strict=True)})
+
+
+class Teacher:
+    """How the target's distribution is shown to the drafter.
+
+    Args:
+        temperature: the target's logits are divided by it. 1 is the target's own distribution; the nearer to 0,
+            the nearer to its argmax, which is what decoding at temperature 0 accepts.
+        top_k: keep only the target's ``k`` most likely tokens and spread what is left evenly over the others, as
+            where an engine gives no more; None keeps the whole distribution.
+
+    Raises:
+        ValueError: if a number lies outside its range.
+    """
+
+    def __init__(self, temperature: float = 1.0, top_k: int | None = None) -> None:
+        if not temperature > 0:
+            raise ValueError(f"teacher_temperature must be above 0, found {temperature}.")
+        if top_k is not None and top_k < 1:
+            raise ValueError(f"teacher_top_k must be 1 or more, or null, found {top_k}.")
+        self.temperature, self.top_k = temperature, top_k
+        self._spread = torch.zeros(())
+        self._slots = 0
+
+    def compare(self, fn: SlotFunction, blocks: Blocks, used: Tensor, *extras: Tensor) -> Tensor:
+        """``fn(student_logits, teacher_logits, *extras)`` at the slots where ``used [N, K]`` is True: ``[n]``.
+
+        Args:
+            extras: ``[N, K]`` each, handed on slot by slot.
+
+        Raises:
+            ValueError: if the blocks carry no teacher states.
+        """
+        if blocks.teacher is None:
+            raise ValueError("This loss distils from the target, but the blocks carry no teacher states.")
+        head = blocks.head
+
+        def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
+            with torch.no_grad():
+                logits = head.logits(states) / self.temperature
+                if self.top_k is not None:
+                    logits, mass = keep_top_k(logits, self.top_k)
+                    self._spread = self._spread.to(mass) + mass.sum()
+                    self._slots += len(mass)
+            return fn(student_logits, logits, *more)
+
+        return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
+
+    def report(self) -> dict[str, Tensor]:
+        """The approximation's error since the last report: the mean mass outside the top k."""
+        if self.top_k is None:
+            return {}
+        mean = self._spread / max(1, self._slots)
+        self._spread, self._slots = torch.zeros(()), 0
+        return {"teacher_mass_outside_top_k": mean}
+
+
+class DistilledLoss(StreamLoss):
+    """A :class:`StreamLoss` that compares the drafter with the target's distribution.
+
+    Args:
+        gamma, accept_until_fail, accepted_gamma, accepted_weight, rejected_weight, include_correction,
+            normalization: see :class:`StreamLoss`.
+        teacher_temperature, teacher_top_k: see :class:`Teacher`.
+    """
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        accept_until_fail: bool = False,
+        teacher_temperature: float = 1.0,
+        accepted_gamma: float | None = None,
+        accepted_weight: float = 1.0,
+        rejected_weight: float = 1.0,
+        include_correction: bool = False,
+        normalization: Normalization = "token",
+        teacher_top_k: int | None = None,
+    ) -> None:
+        super().__init__(
+            gamma, accepted_gamma, accepted_weight, rejected_weight, include_correction, accept_until_fail,
+            normalization,
+        )  # fmt: skip
+        self.target = Teacher(teacher_temperature, teacher_top_k)
+
+    def __call__(self, blocks: Blocks) -> LossOutput:
+        loss, parts = super().__call__(blocks)
+        return LossOutput(loss, parts | self.target.report())
+
+
+class SlotLoss(DistilledLoss):
+    """One divergence between target and drafter on every slot: subclasses give :meth:`slot`."""
 
     @abstractmethod
     def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         """``[n, vocab], [n, vocab] -> [n]``, differentiable in the first."""
 
-    def __call__(self, blocks: Blocks) -> LossOutput:
-        weights = power_decay(blocks.proposals.shape[1], self.gamma).to(blocks.student.device) * blocks.valid
-        if self.accept_until_fail:
-            weights = weights * blocks.until_fail()
-        loss = weighted_mean(*distilled(self.slot, blocks, weights, self.teacher_temperature))
-        return LossOutput(loss, {"slot": loss.detach()})
-
-
-def positive(value: float, name: str) -> float:
-    """The value, refused where it is not above 0."""
-    if not value > 0:
-        raise ValueError(f"{name} must be above 0, found {value}.")
-    return value
-
-
-def distilled(
-    fn: SlotFunction, blocks: Blocks, weights: Tensor, teacher_temperature: float = 1.0
-) -> tuple[Tensor, Tensor]:
-    """``fn(student_logits, teacher_logits)`` at the slots that weigh something.
-
-    Args:
-        fn: a divergence of one slot.
-        weights: ``[N, K]``; slots of weight 0 are not computed.
-        teacher_temperature: the target's logits are divided by it.
-
-    Returns:
-        values ``[n]`` and weights ``[n]`` of those slots.
-    """
-    if blocks.teacher is None:
-        raise ValueError("This loss distils from the target, but the blocks carry no teacher states.")
-    used = weights > 0
-    head = blocks.head
-
-    def with_teacher(student_logits: Tensor, teacher: Tensor) -> Tensor:
-        with torch.no_grad():
-            teacher_logits = head.logits(teacher) / teacher_temperature
-        return fn(student_logits, teacher_logits)
-
-    return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used]), weights[used]
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
+        return self.target.compare(self.slot, blocks, used)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from draftopd.losses.blocks import Head
 
-#: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]``, differentiable in its first argument.
+#: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]`` or ``[n, m]``, differentiable in its first argument.
 SlotFunction = Callable[..., Tensor]
 
 #: Logits held at once, in elements (float32): 64 MiB a copy.
@@ -22,10 +22,10 @@ CHUNK_ELEMENTS = 2**24
 
 
 def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chunk: int | None = None) -> Tensor:
-    """``fn`` of every slot's logits, ``[n]`` in float32.
+    """``fn`` of every slot's logits, ``[n]`` in float32, or ``[n, m]`` where it gives ``m`` values a slot.
 
     Args:
-        fn: the loss of one slot from its logits; slots must not mix.
+        fn: the values of one slot from its logits; slots must not mix.
         student: ``[n, hidden]``; receives the gradient.
         head: the frozen LM head.
         extras: tensors ``[n, ...]`` handed to ``fn`` with the logits; they get no gradient.
@@ -40,27 +40,28 @@ def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chu
 class _PerSlot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, fn: SlotFunction, head: Head, chunk: int, *extras: Tensor) -> Tensor:
-        values = torch.empty(student.shape[0], dtype=torch.float32, device=student.device)
         wanted = ctx.needs_input_grad[0]
-        gradient = torch.empty_like(student) if wanted else None
-        for start in range(0, student.shape[0], chunk):
+        values, gradients = [], []
+        for start in range(0, max(1, student.shape[0]), chunk):
             part = slice(start, start + chunk)
             states = student[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 value = fn(head.logits(states), *(extra[part] for extra in extras))
-                total = value.sum()
-            values[part] = value.detach()
-            if gradient is not None:
-                gradient[part] = torch.autograd.grad(total, states)[0]
-        if gradient is not None:
-            ctx.save_for_backward(gradient)
+                columns = value.sum(0, keepdim=value.ndim == 1).unbind()
+            values.append(value.detach().float())
+            if wanted:
+                found = [torch.autograd.grad(c, states, retain_graph=c is not columns[-1])[0] for c in columns]
+                gradients.append(torch.stack(found, 1))
+        if wanted:
+            ctx.save_for_backward(torch.cat(gradients))
         ctx.extras = len(extras)
-        return values
+        return torch.cat(values)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        (gradient,) = ctx.saved_tensors
-        return (gradient * grads[0][:, None].to(gradient.dtype), *[None] * (3 + ctx.extras))
+        (gradient,) = ctx.saved_tensors  # [n, m, hidden]
+        outer = grads[0].unflatten(0, (-1, 1)) if grads[0].ndim == 1 else grads[0]
+        return ((gradient * outer[..., None].to(gradient.dtype)).sum(1), *[None] * (3 + ctx.extras))
 
 
 def best_tokens(hidden: Tensor, head: Head, chunk: int | None = None) -> Tensor:

@@ -1,47 +1,89 @@
-"""Cross entropy on the recorded tokens: the SFT stage (DFlash, arXiv 2602.06036)."""
+"""Cross entropy on the recorded tokens: the SFT stage (DFlash, arXiv 2602.06036), and D-PACE's weights for it."""
 
 from __future__ import annotations
 
+from typing import Any
+
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from draftopd.losses import liger
-from draftopd.losses.base import Loss, LossOutput
+from draftopd.losses.base import Normalization, Stream, StreamLoss
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import per_slot
-from draftopd.losses.weighting import cross_entropy_gamma, exponential_decay, weighted_mean
+from draftopd.losses.weighting import cross_entropy_gamma, expected_length_share, exponential_decay
 
 
-class CrossEntropy(Loss):
+class CrossEntropy(StreamLoss):
     """``-log q(recorded token)``, slot ``k`` weighted ``exp(-(k-1) / gamma)``.
 
     Args:
         gamma: decay constant; None takes DFlash's for the block size (7, 5, 4 for 16, 10, 8).
-        accept_until_fail: drop the slots after the first proposal that differs from the recorded token.
+        accept_until_fail, accepted_weight, rejected_weight, include_correction, normalization: see
+            :class:`~draftopd.losses.base.StreamLoss`; a proposal counts as accepted while it equals the recorded token.
+
+    Raises:
+        ValueError: if gamma is not above 0.
     """
 
-    teacher = "none"
-
-    def __init__(self, gamma: float | None = None, accept_until_fail: bool = False) -> None:
-        if gamma is not None and gamma <= 0:
+    def __init__(
+        self,
+        gamma: float | None = None,
+        accept_until_fail: bool = False,
+        accepted_weight: float = 1.0,
+        rejected_weight: float = 1.0,
+        include_correction: bool = False,
+        normalization: Normalization = "token",
+    ) -> None:
+        super().__init__(
+            accepted_weight=accepted_weight, rejected_weight=rejected_weight, include_correction=include_correction,
+            accept_until_fail=accept_until_fail, normalization=normalization,
+        )  # fmt: skip
+        if gamma is not None and not gamma > 0:
             raise ValueError(f"gamma must be above 0, found {gamma}.")
         self.gamma = gamma
-        self.accept_until_fail = accept_until_fail
+        self.teacher = "none"
 
-    def __call__(self, blocks: Blocks) -> LossOutput:
-        slots = blocks.proposals.shape[1]
-        decay = exponential_decay(slots, self.gamma or cross_entropy_gamma(slots + 1)).to(blocks.student.device)
-        weights = decay * blocks.recorded
-        if self.accept_until_fail:
-            weights = weights * blocks.until_fail()
-        used = weights > 0
+    def decay(self, slots: int, stream: Stream) -> Tensor:
+        return exponential_decay(slots, self.gamma or cross_entropy_gamma(slots + 1))
+
+    def usable(self, blocks: Blocks) -> Tensor:
+        return blocks.recorded
+
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         student, labels = blocks.student[used], blocks.labels[used]
         if liger.fits(student):
-            values = liger.cross_entropy(student, blocks.head, labels)
-        else:
-            values = per_slot(_cross_entropy, student, blocks.head, labels)
-        loss = weighted_mean(values, weights[used])
-        return LossOutput(loss, {"cross_entropy": loss.detach()})
+            return liger.cross_entropy(student, blocks.head, labels)
+        return per_slot(_cross_entropy, student, blocks.head, labels)
+
+
+class DPace(CrossEntropy):
+    """D-PACE (arXiv 2605.18810): each slot's cross entropy weighs its share in the expected accepted length.
+
+    With the drafter's confidence in the recorded token ``c_k``, smoothed to ``(1 - smoothing) c_k + smoothing``,
+    slot ``k`` weighs ``sum_{i>=k} prod_{j<=i} c_j``: the gradient of the expected length in ``log c_k``. The weights
+    carry no gradient and are normalised over the batch.
+
+    Args:
+        smoothing: in [0, 1]; 1 weighs slot ``k`` by the number of slots from it on.
+        options: see :class:`CrossEntropy`; ``gamma`` decays further, None does not.
+
+    Raises:
+        ValueError: if smoothing lies outside [0, 1].
+    """
+
+    def __init__(self, smoothing: float = 0.5, gamma: float | None = None, **options: Any) -> None:
+        super().__init__(gamma, **options)
+        if not 0 <= smoothing <= 1:
+            raise ValueError(f"smoothing must lie in [0, 1], found {smoothing}.")
+        self.smoothing = smoothing
+
+    def decay(self, slots: int, stream: Stream) -> Tensor:
+        return torch.ones(slots) if self.gamma is None else exponential_decay(slots, self.gamma)
+
+    def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
+        return expected_length_share(torch.exp(-values), used, self.smoothing)
 
 
 def _cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:

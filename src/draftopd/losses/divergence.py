@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
 
@@ -15,3 +18,61 @@ def reverse_kl(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
     """``KL(q || p)``: ``[n, vocab], [n, vocab] -> [n]``. The drafter must avoid what the target does not."""
     log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
+
+
+def jensen_shannon(student_logits: Tensor, teacher_logits: Tensor, beta: float) -> Tensor:
+    """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q`` (GKD, arXiv 2306.13649).
+
+    ``beta`` lies in (0, 1); near 0 it goes like the forward, near 1 like the reverse KL, each times a factor.
+    """
+    log_p, log_q = teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)
+    log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
+    to_p = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return beta * to_p + (1 - beta) * (log_q.exp() * (log_q - log_m)).sum(-1)
+
+
+def overlap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``sum_v min(p, q)``: the probability that rejection sampling accepts: ``[n, vocab], [n, vocab] -> [n]``."""
+    return torch.minimum(teacher_logits.softmax(-1), student_logits.softmax(-1)).sum(-1)
+
+
+def log_overlap(student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    """``log sum_v min(p, q)``, finite and with a gradient where the supports barely meet."""
+    return torch.minimum(teacher_logits.log_softmax(-1), student_logits.log_softmax(-1)).logsumexp(-1)
+
+
+def two_outcome_kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``KL`` between "this token" and "another one" under ``p`` and under ``q``, from the token's log-probabilities."""
+    p = log_p.exp()
+    return p * (log_p - log_q) + (1 - p) * (_log_rest(log_p) - _log_rest(log_q))
+
+
+def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
+    """``exp(r) - r - 1`` with ``r = log p - log q``: an unbiased estimate of ``KL(q || p)`` on a token drawn from q."""
+    ratio = log_p - log_q
+    return torch.expm1(ratio) - ratio
+
+
+def _log_rest(log_p: Tensor) -> Tensor:
+    """``log(1 - p)``; where rounding makes p 1, what float32 can still tell from it."""
+    return torch.log1p(-log_p.exp().clamp_max(1 - 2**-24))
+
+
+def keep_top_k(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """Log-probabilities with only the ``k`` largest exact, the rest of the mass spread evenly over the others.
+
+    Args:
+        logits: ``[n, vocab]``.
+
+    Returns:
+        ``[n, vocab]``, and the mass outside the top ``k``, ``[n]``.
+    """
+    log_p = logits.log_softmax(-1)
+    others = log_p.shape[-1] - k
+    if others <= 0:
+        return log_p, log_p.new_zeros(log_p.shape[:-1])
+    top = log_p.topk(k, dim=-1)
+    # Summed over the others: 1 minus the sum of the largest would be rounding.
+    rest = log_p.scatter(-1, top.indices, -torch.inf).logsumexp(-1)
+    spread = (rest - math.log(others))[..., None].expand_as(log_p)
+    return spread.scatter(-1, top.indices, top.values), rest.exp()

@@ -1,11 +1,13 @@
-"""Forward and reverse KL on every slot (GKD, arXiv 2306.13649)."""
+"""Forward KL, reverse KL and what lies between, on every slot (GKD, arXiv 2306.13649)."""
 
 from __future__ import annotations
+
+from typing import Any
 
 from torch import Tensor
 
 from draftopd.losses.base import SlotLoss
-from draftopd.losses.divergence import forward_kl, reverse_kl
+from draftopd.losses.divergence import forward_kl, jensen_shannon, reverse_kl
 
 
 class ForwardKL(SlotLoss):
@@ -20,3 +22,24 @@ class ReverseKL(SlotLoss):
 
     def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return reverse_kl(student_logits, teacher_logits)
+
+
+class JSD(SlotLoss):
+    """The generalised Jensen-Shannon divergence on every slot.
+
+    Args:
+        beta: in (0, 1): the target's share of the mixture that both are compared with.
+        options: see :class:`~draftopd.losses.base.DistilledLoss`.
+
+    Raises:
+        ValueError: if beta lies outside (0, 1).
+    """
+
+    def __init__(self, beta: float = 0.5, **options: Any) -> None:
+        super().__init__(**options)
+        if not 0 < beta < 1:
+            raise ValueError(f"beta must lie between 0 and 1, found {beta}: at the ends use forward_kl or reverse_kl.")
+        self.beta = beta
+
+    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return jensen_shannon(student_logits, teacher_logits, self.beta)

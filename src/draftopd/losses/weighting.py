@@ -24,6 +24,22 @@ def cross_entropy_gamma(block_size: int) -> float:
     return _CE_GAMMA.get(block_size, 1 + 0.375 * block_size)
 
 
+def expected_length_share(confidence: Tensor, counted: Tensor, smoothing: float) -> Tensor:
+    """How much each slot's log-confidence moves the expected accepted length (D-PACE, arXiv 2605.18810).
+
+    Args:
+        confidence: ``[N, K]`` the drafter's probability of the recorded token.
+        counted: ``[N, K]`` slots that count; the others neither shorten the prefix nor add to it.
+        smoothing: share of 1 mixed into the confidence.
+
+    Returns:
+        ``[N, K]``: ``sum_{i>=k} prod_{j<=i} c_j``, 0 at slots that do not count.
+    """
+    smooth = torch.where(counted, (1 - smoothing) * confidence + smoothing, torch.ones_like(confidence))
+    reach = smooth.cumprod(-1) * counted
+    return reach.flip(-1).cumsum(-1).flip(-1) * counted
+
+
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """``sum(w v) / sum(w)``; 0 (with a gradient of 0) where no weight is left."""
     total = weights.sum()

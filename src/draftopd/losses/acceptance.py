@@ -1,0 +1,100 @@
+"""Losses on the acceptance rate of rejection sampling itself, ``alpha = sum_v min(p, q)``."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.divergence import forward_kl, log_overlap, overlap
+from draftopd.losses.weighting import power_decay
+
+
+class TotalVariation(SlotLoss):
+    """``1 - alpha`` on every slot (DistillSpec, arXiv 2310.08461)."""
+
+    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        return 1 - overlap(student_logits, teacher_logits)
+
+
+class LK(SlotLoss):
+    """The LK losses (arXiv 2602.23881): acceptance itself, with a gradient where it is still small.
+
+    Args:
+        kind: ``log``: ``-log alpha``. ``hybrid``: ``w KL(p || q) + (1 - w)(1 - alpha)`` with
+            ``w = kl_scale exp(-kl_decay mean alpha)``, the mean taken over the slots at the same position of the
+            block and without a gradient: KL while the drafter is poor, acceptance when it is good.
+        kl_scale, kl_decay: of the hybrid.
+        options: see :class:`~draftopd.losses.base.DistilledLoss`.
+
+    Raises:
+        ValueError: for another kind, or numbers outside their range.
+    """
+
+    def __init__(
+        self, kind: Literal["hybrid", "log"] = "hybrid", kl_scale: float = 1.0, kl_decay: float = 3.0, **options: Any
+    ) -> None:
+        super().__init__(**options)
+        if kind not in ("hybrid", "log"):
+            raise ValueError(f"kind must be 'hybrid' or 'log', found {kind!r}.")
+        if not 0 <= kl_scale <= 1 or kl_decay < 0:
+            raise ValueError(f"kl_scale must lie in [0, 1] and kl_decay be 0 or more, found {kl_scale}, {kl_decay}.")
+        self.kind, self.kl_scale, self.kl_decay = kind, kl_scale, kl_decay
+
+    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+        if self.kind == "log":
+            return -log_overlap(student_logits, teacher_logits)
+        return torch.stack(
+            [forward_kl(student_logits, teacher_logits), 1 - overlap(student_logits, teacher_logits)], -1
+        )
+
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
+        values = super().values(blocks, used, stream)
+        if self.kind == "log":
+            return values
+        kl, distance = values.unbind(-1)
+        position = blocks.slots.expand_as(used)[used]
+        sums = distance.new_zeros(2, len(blocks.slots))
+        sums.index_add_(1, position, torch.stack([1 - distance.detach(), torch.ones_like(kl)]))
+        share = self.kl_scale * torch.exp(-self.kl_decay * sums[0] / sums[1].clamp_min(1))[position]
+        return share * kl + (1 - share) * distance
+
+
+class E2ETotalVariation(Loss):
+    """``-sum_k gamma^(k-1) prod_{j<=k} alpha_j``: minus the expected accepted length (Bebop, arXiv 2606.12370).
+
+    The whole block is one term: what a slot can gain depends on the slots before it.
+
+    Args:
+        gamma: weighs late slots less; 1 is the expected accepted length itself.
+        accept_until_fail: sum only up to the first rejected slot.
+        teacher_temperature, teacher_top_k: see :class:`~draftopd.losses.base.Teacher`.
+
+    Raises:
+        ValueError: if gamma lies outside (0, 1].
+    """
+
+    def __init__(
+        self,
+        gamma: float = 1.0,
+        accept_until_fail: bool = False,
+        teacher_temperature: float = 1.0,
+        teacher_top_k: int | None = None,
+    ) -> None:
+        if not 0 < gamma <= 1:
+            raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
+        self.gamma, self.accept_until_fail = gamma, accept_until_fail
+        self.target = Teacher(teacher_temperature, teacher_top_k)
+        self.teacher = "until_fail" if accept_until_fail else "proposals"
+
+    def __call__(self, blocks: Blocks) -> LossOutput:
+        used = blocks.valid & blocks.until_fail() if self.accept_until_fail else blocks.valid
+        # A slot that does not count accepts nothing, nor does any after it.
+        alpha = torch.zeros(used.shape, device=used.device)
+        alpha = alpha.masked_scatter(used, self.target.compare(overlap, blocks, used))
+        reach = alpha.cumprod(-1) * power_decay(used.shape[1], self.gamma).to(alpha.device)
+        length = reach.sum(-1).mean() if len(reach) else alpha.sum()
+        return LossOutput(-length, {"expected_accepted_length": length.detach(), **self.target.report()})

@@ -1,0 +1,53 @@
+"""Single-token estimates of the Draft-OPD loss, as in the paper's public code (arXiv 2605.29343)."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from draftopd.losses.base import DistilledLoss, Stream
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.divergence import k3, two_outcome_kl
+
+
+class SampledKL(DistilledLoss):
+    """Compares target and drafter on one token a slot instead of the whole vocabulary.
+
+    Accepted stream: the forward KL between "the emitted token" and "another one". Rejected stream: the k3
+    estimate of the reverse KL on the drafter's own token.
+
+    Args:
+        floor: log-probabilities are no smaller than this.
+        most: a slot's loss is no larger than this.
+        options: see :class:`~draftopd.losses.base.DistilledLoss`.
+
+    Raises:
+        ValueError: if the floor is not below 0 or ``most`` not above it.
+    """
+
+    same_on_both = False
+
+    def __init__(self, floor: float = -10.0, most: float = 10.0, gamma: float = 0.8, **options: Any) -> None:
+        options.setdefault("accepted_gamma", 1.0)
+        super().__init__(gamma, **options)
+        if not floor < 0 < most:
+            raise ValueError(f"floor must be below and most above 0, found {floor} and {most}.")
+        self.floor, self.most = floor, most
+
+    def usable(self, blocks: Blocks) -> Tensor:
+        # The emitted token of the accepted stream must be recorded.
+        return blocks.valid & blocks.recorded
+
+    def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
+        estimate = two_outcome_kl if stream == "accepted" else k3
+        tokens = blocks.labels if stream == "accepted" else blocks.proposals
+
+        def slot(student_logits: Tensor, teacher_logits: Tensor, token: Tensor) -> Tensor:
+            log_p, log_q = (
+                logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].clamp_min(self.floor)
+                for logits in (teacher_logits, student_logits)
+            )
+            return estimate(log_p, log_q).clamp_max(self.most)
+
+        return self.target.compare(slot, blocks, used, tokens)

@@ -1,0 +1,42 @@
+"""The configuration files name every argument, and only arguments that exist."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra.utils import instantiate
+from tests.cli.conftest import ROOT
+
+from draftopd.cli.check import _locate, _parameters, check
+from draftopd.errors import ConfigError
+from draftopd.losses.base import Loss
+
+LOSSES = sorted((ROOT / "configs" / "loss").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
+def test_losses(path: Path) -> None:
+    config = yaml.safe_load(path.read_text())
+    check(config, "loss")
+    names, _, open_ended = _parameters(_locate(config["_target_"], "loss"))
+    assert set(config) - {"_target_"} == names and not open_ended
+    assert isinstance(instantiate(config), Loss)
+
+
+@pytest.mark.parametrize("group", ["rollout", "trajectories"])
+def test_rollouts_and_texts(group: str) -> None:
+    for path in (ROOT / "configs" / group).glob("*.yaml"):
+        config = yaml.safe_load(path.read_text())
+        names, _, open_ended = _parameters(_locate(config["_target_"], group))
+        assert set(config) - {"_target_"} == names and not open_ended, path.name
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [({"gama": 1.0}, "did you mean 'gamma'"), ({"gamma": "x"}, "loss.gamma='x' does not fit"), ({"bta": 1}, "'beta'")],
+)
+def test_arguments_of_the_base_class_are_checked_too(change: dict, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        check({"_target_": "draftopd.losses.kl.JSD", **change}, "loss")
