@@ -148,3 +148,27 @@ def test_acceptance_above_temperature_zero(
     assert abs(rate - expected) < 4 * (expected * (1 - expected) / many) ** 0.5
     shares = torch.bincount(blocks.proposals[:, 0], minlength=6) / many
     torch.testing.assert_close(shares, q, atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.7, 1.5])
+def test_target_only_verification_in_replay(
+    small_vocabulary_target: Target, make_drafter: MakeDrafter, temperature: float
+) -> None:
+    """The drafter's best tokens are proposed, and accepted as often as the target draws them."""
+    target, many, sampling = small_vocabulary_target, 6000, Sampling(temperature)
+    drafter = make_drafter(target, block_size=3, target_layer_ids=(0, 1))
+    target.tap(drafter.target_layer_ids)
+    one, mask = torch.tensor([5]), torch.ones(1, many, dtype=torch.bool)
+    batch = ReplayBatch(
+        torch.tensor([[1, 2, 3, 0, 4]]), one - 1, one, torch.full((1, many), 4), mask, torch.zeros(1, dtype=torch.long)
+    )
+    generator = torch.Generator().manual_seed(0)
+    blocks = replay(
+        target, drafter, batch, sampling, frozenset(), generator=generator, verification="target_only"
+    )  # fmt: skip
+    assert blocks.teacher is not None
+    best = blocks.head.logits(blocks.student.detach()).argmax(-1)
+    assert torch.equal(blocks.proposals, best) and (best == best[:1]).all()
+    expected = float(sampling.probabilities(blocks.head.logits(blocks.teacher[0, 0]))[best[0, 0]])
+    rate = float((blocks.accepted > 0).float().mean())
+    assert abs(rate - expected) < 4 * (expected * (1 - expected) / many) ** 0.5 + 1e-9

@@ -19,7 +19,8 @@ from draftopd.drafters.base import Drafter
 from draftopd.errors import NumericsError
 from draftopd.losses.base import Loss
 from draftopd.metrics.acceptance_length import AcceptanceLength
-from draftopd.metrics.agreement import Agreement
+from draftopd.metrics.agreement import Agreement, slot_agreement
+from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.replay import ReplayBatch, replay
 from draftopd.rollout.fresh import FreshAnchors
@@ -41,7 +42,7 @@ class DraftModule(L.LightningModule):
         warmup: share of all steps over which the rate rises from 0.
         final_rate: share of the peak that the cosine ends at.
         max_new_tokens: response limit in validation.
-        verification: acceptance rule in validation above temperature 0.
+        verification: acceptance rule above temperature 0, in replay and validation.
         seed: of proposals drawn above temperature 0.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
     """
@@ -81,6 +82,7 @@ class DraftModule(L.LightningModule):
         slots = drafter.num_proposals
         self.replayed = AcceptanceByPosition(slots)
         self.agreement = Agreement()
+        self.by_entropy = EntropyAcceptance()
         self.tau = AcceptanceLength()
         self.by_position = AcceptanceByPosition(slots)
         self.rejections = RejectionPosition(slots)
@@ -92,7 +94,7 @@ class DraftModule(L.LightningModule):
             # Where agreement is logged all slots are scored, whatever the loss needs.
             teacher="proposals" if logs_now else self.loss.teacher, generator=self._generator(), clock=self.clock,
             reanchor=self._fresh_anchors if self.fresh else None,
-            with_states=self.fresh is not None and self.fresh.walker.coupled,
+            with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
         )  # fmt: skip
         with self.clock("loss"):
             output = self.loss(blocks)
@@ -113,10 +115,17 @@ class DraftModule(L.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
         if logs_now:
-            self.agreement.update(blocks)
+            found = slot_agreement(blocks)
+            self.agreement.update(blocks, found)
+            self.by_entropy.update(found.target_entropy, blocks.accepted, blocks.valid)
             self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
             self.agreement.reset()
         return output.loss
+
+    def on_train_epoch_end(self) -> None:
+        for edge, rate in self.by_entropy.compute().items():
+            self.log(f"acceptance_by_target_entropy/from_{edge:g}_nats", rate)
+        self.by_entropy.reset()
 
     @contextmanager
     def drafting(self) -> Iterator[None]:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import accepted_prefix
+from draftopd.decoding.verify import Verification, accepted_prefix
 from draftopd.drafters.base import Drafter
 from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
@@ -74,6 +74,7 @@ def replay(
     clock: Stopwatch | None = None,
     reanchor: Reanchor | None = None,
     with_states: bool = False,
+    verification: Verification = "rejection_sampling",
 ) -> Blocks:
     """The batch's blocks, with gradients on the drafter's side.
 
@@ -88,6 +89,7 @@ def replay(
         clock: told how long target and drafter took.
         reanchor: chooses the anchors now, from the target's features; default the batch's own.
         with_states: give it the target's states even where the loss needs none.
+        verification: acceptance rule above temperature 0; ``target_only`` proposes the drafter's best tokens.
     """
     clock = clock or Stopwatch()
     if teacher == "until_fail" and not sampling.greedy:
@@ -104,8 +106,10 @@ def replay(
     head = target.head
     anchor_tokens = batch.ids.gather(1, batch.anchors)
 
+    draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
+
     def choose(hidden: Tensor) -> Tensor:
-        return _choose(hidden, head, sampling, generator)
+        return _choose(hidden, head, draft_sampling, generator)
 
     with clock("drafter"):
         draft = drafter.replay(target, features, batch.anchors, anchor_tokens, choose)
@@ -121,7 +125,10 @@ def replay(
         with clock("target"):
             tokens = torch.cat([anchor_tokens[..., None], draft.tokens[..., :-1]], dim=-1)
             scored = target.score_blocks(cache, batch.ids.shape[1], batch.anchors, tokens)[kept]
-            accepted = _accepted(student.detach(), scored, proposals, head, sampling, generator)
+            if verification == "rejection_sampling" and not sampling.greedy:
+                accepted = _accepted(student.detach(), scored, proposals, head, sampling, generator)
+            else:
+                accepted = accepted_prefix(proposals == _choose(scored, head, sampling, generator))
         return Blocks(student, scored, head, proposals, labels, accepted, valid, recorded)
     accepted = accepted_prefix((proposals == labels) & recorded)
     if teacher == "none" or states is None:
@@ -153,9 +160,7 @@ def _accepted(
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Tensor:
-    """Accepted lengths ``[N]`` of blocks ``[N, K]`` under the sampling's acceptance test."""
-    if sampling.greedy:
-        return accepted_prefix(proposals == best_tokens(teacher, head))
+    """Accepted lengths ``[N]`` of blocks ``[N, K]`` under rejection sampling."""
     chunk = max(1, CHUNK_ELEMENTS // (head.weight.shape[0] * proposals.shape[1]))
     accepts = []
     for s, t, d in zip(student.split(chunk), teacher.split(chunk), proposals.split(chunk), strict=True):

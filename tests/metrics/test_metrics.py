@@ -11,16 +11,17 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
-from torch import nn
+from torch import Tensor, nn
 
 from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength, acceptance_length
 from draftopd.metrics.agreement import Agreement, expected_accepted_length, slot_agreement
+from draftopd.metrics.entropy_acceptance import EDGES, EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.targets.head import LMHead
 
 
-@pytest.mark.parametrize("name", ["acceptance_length", "agreement", "positions"])
+@pytest.mark.parametrize("name", ["acceptance_length", "agreement", "entropy_acceptance", "positions"])
 def test_docstring_examples(name: str) -> None:
     outcome = doctest.testmod(importlib.import_module(f"draftopd.metrics.{name}"))
     assert outcome.attempted > 0 and outcome.failed == 0
@@ -69,7 +70,8 @@ def make_blocks(seed: int = 0) -> Blocks:
 def test_agreement_against_loops() -> None:
     blocks = make_blocks()
     q, p = blocks.head.logits(blocks.student).softmax(-1), blocks.head.logits(blocks.teacher).softmax(-1)
-    overlap, draft, target = slot_agreement(blocks)
+    found = slot_agreement(blocks)
+    overlap, draft, target = found
     length = 0.0
     for i in range(5):
         product = 1.0
@@ -81,7 +83,7 @@ def test_agreement_against_loops() -> None:
             product *= alpha if blocks.valid[i, k] else 0.0
             length += product
     metric = Agreement()
-    metric.update(blocks)
+    metric.update(blocks, found)
     assert float(metric.compute()["expected_accepted_length"]) == pytest.approx(length / 5, rel=1e-5)
     assert float(metric.compute()["draft_entropy"]) == pytest.approx(float(draft[blocks.valid].mean()), rel=1e-5)
 
@@ -99,19 +101,45 @@ def test_agreement_needs_scored_blocks() -> None:
         slot_agreement(Blocks(**{**make_blocks().__dict__, "teacher": None}))
 
 
+def entropies(seed: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Entropies ``[200, 3]``, accepted lengths, slots that count."""
+    generator = torch.Generator().manual_seed(seed)
+    entropy = 3 * torch.rand(200, 3, generator=generator) ** 4
+    accepted = torch.randint(0, 4, (200,), generator=generator)
+    return entropy, accepted, torch.rand(200, 3, generator=generator) < 0.9
+
+
+def test_acceptance_by_entropy_against_loops() -> None:
+    entropy, accepted, valid = entropies(0)
+    outcomes: dict[float, list[bool]] = {}
+    for i in range(200):
+        for k in range(min(3, int(accepted[i]) + 1)):
+            if valid[i, k]:
+                edge = max(e for e in EDGES if e <= float(entropy[i, k]))
+                outcomes.setdefault(edge, []).append(k < int(accepted[i]))
+    metric = EntropyAcceptance()
+    for part in (slice(0, 50), slice(50, 200)):
+        metric.update(entropy[part], accepted[part], valid[part])
+    assert metric.compute() == {edge: sum(x) / len(x) for edge, x in sorted(outcomes.items())}
+    assert len(outcomes) == len(EDGES)
+
+
 def _worker(rank: int, directory: str) -> None:
     dist.init_process_group("gloo", init_method=f"file://{directory}/meet", rank=rank, world_size=2)
+    by_entropy = EntropyAcceptance()
     tau, rates, histogram, agreement = AcceptanceLength(), AcceptanceByPosition(3), RejectionPosition(3), Agreement()
     tau.update([[4, 2], [1]] if rank == 0 else [[3]])
     for metric in (rates, histogram):
         metric.update(torch.tensor([0, 3] if rank == 0 else [2, 1, 3]))
-    agreement.update(make_blocks(rank))
+    agreement.update(make_blocks(rank), slot_agreement(make_blocks(rank)))
+    by_entropy.update(*entropies(rank))
     found = {
         "micro": float(tau.compute()["micro"]),
         "macro": float(tau.compute()["macro"]),
         "rates": rates.compute().tolist(),
         "histogram": histogram.compute().tolist(),
         "length": float(agreement.compute()["expected_accepted_length"]),
+        "by_entropy": by_entropy.compute(),
     }
     torch.save(found, f"{directory}/{rank}.pt")
     dist.destroy_process_group()
@@ -129,5 +157,9 @@ def test_two_processes_reduce_to_one_result(tmp_path: Path) -> None:
     assert first["histogram"] == histogram.compute().tolist()
     together = Agreement()
     for seed in range(2):
-        together.update(make_blocks(seed))
+        together.update(make_blocks(seed), slot_agreement(make_blocks(seed)))
     assert first["length"] == pytest.approx(float(together.compute()["expected_accepted_length"]))
+    pooled = EntropyAcceptance()
+    for seed in range(2):
+        pooled.update(*entropies(seed))
+    assert first["by_entropy"] == pooled.compute()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 from torchmetrics import Metric
@@ -10,8 +12,16 @@ from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import CHUNK_ELEMENTS
 
 
-def slot_agreement(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
-    """Overlap ``sum_v min(p, q)``, entropy of the drafter and of the target (nats), each ``[N, K]``.
+class SlotAgreement(NamedTuple):
+    """Overlap ``sum_v min(p, q)``, entropy of the drafter and of the target (nats), each ``[N, K]``."""
+
+    overlap: Tensor
+    draft_entropy: Tensor
+    target_entropy: Tensor
+
+
+def slot_agreement(blocks: Blocks) -> SlotAgreement:
+    """How drafter and target compare at every slot.
 
     Raises:
         ValueError: if the blocks were not scored by the target.
@@ -26,8 +36,7 @@ def slot_agreement(blocks: Blocks) -> tuple[Tensor, Tensor, Tensor]:
             log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.head.logits(t).log_softmax(-1)
             q, p = log_q.exp(), log_p.exp()
             parts.append(torch.stack([torch.minimum(p, q).sum(-1), -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
-    overlap, draft, target = torch.cat(parts, dim=1).view(3, *blocks.proposals.shape)
-    return overlap, draft, target
+    return SlotAgreement(*torch.cat(parts, dim=1).view(3, *blocks.proposals.shape))
 
 
 def expected_accepted_length(overlap: Tensor) -> Tensor:
@@ -54,8 +63,9 @@ class Agreement(Metric):
         self.add_state("slots", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
         self.add_state("blocks", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
 
-    def update(self, blocks: Blocks) -> None:
-        overlap, draft, target = slot_agreement(blocks)
+    def update(self, blocks: Blocks, found: SlotAgreement) -> None:
+        """Add blocks and their :func:`slot_agreement`."""
+        overlap, draft, target = found
         valid = blocks.valid.float()
         # A slot after the proposed end of the text accepts nothing.
         length = expected_accepted_length(overlap * valid).sum()

@@ -26,6 +26,8 @@ class Rollout(Protocol):
     """From prompts to recorded sequences, batch by batch."""
 
     sampling: Sampling
+    #: Acceptance rule above temperature 0.
+    verification: Verification
     max_new_tokens: int
     #: Whether the recorded sequences carry the current drafter's anchors.
     records_anchors: bool
@@ -91,6 +93,7 @@ class TargetRollout:
 
     records_anchors = False
     walker: Walker | None = None
+    verification: Verification = "rejection_sampling"
 
     def __init__(
         self,
@@ -140,7 +143,7 @@ class DecodeFreeRollout(TargetRollout):
         blocks_at_once: int = 4096,
     ) -> None:
         super().__init__(trajectories, max_new_tokens, temperature, top_k, top_p)
-        self.batch_size = batch_size
+        self.batch_size, self.verification = batch_size, verification
         self.walker = Walker(self.sampling, verification, parallel_below, blocks_at_once)
 
     def texts_only(self) -> TargetRollout:
