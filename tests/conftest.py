@@ -14,8 +14,14 @@ import torch
 from scipy import stats
 from torch import Tensor, nn
 from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
     PreTrainedModel,
     PreTrainedTokenizerFast,
     Qwen3Config,
@@ -39,6 +45,10 @@ SHAPE = {
 }  # fmt: skip
 
 
+#: Full attention, mixtures of experts, a window in every layer or in every other one.
+KINDS = ("qwen3", "qwen3_moe", "llama", "mistral", "gemma3", "gpt_oss")
+
+
 def randomize(module: nn.Module, seed: int, std: float = 0.3) -> None:
     """Weights large enough that every part of the network shows in its output, norms included."""
     generator = torch.Generator().manual_seed(seed)
@@ -51,15 +61,26 @@ def randomize(module: nn.Module, seed: int, std: float = 0.3) -> None:
 
 
 def small_model(kind: str, **changes: object) -> PreTrainedModel:
-    """A causal LM with random weights: ``qwen3``, ``qwen3_moe`` or ``llama``."""
+    """A causal LM with random weights, of one of :data:`KINDS`; windows are shorter than the tests' sequences."""
     shape = SHAPE | changes
     if kind == "qwen3":
         model = Qwen3ForCausalLM(Qwen3Config(**shape, head_dim=16, rope_theta=1_000.0, tie_word_embeddings=True))
     elif kind == "qwen3_moe":
         experts = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24, "norm_topk_prob": True}
         model = Qwen3MoeForCausalLM(Qwen3MoeConfig(**shape, **experts, head_dim=16))
-    else:
+    elif kind == "llama":
         model = LlamaForCausalLM(LlamaConfig(**shape))
+    elif kind == "mistral":
+        model = MistralForCausalLM(MistralConfig(**shape, head_dim=8, sliding_window=7))
+    elif kind == "gemma3":
+        layers = ["sliding_attention", "full_attention"] * shape["num_hidden_layers"]
+        options = {"head_dim": 16, "sliding_window": 7, "query_pre_attn_scalar": 16}
+        options["layer_types"] = layers[: shape["num_hidden_layers"]]
+        model = Gemma3ForCausalLM(Gemma3TextConfig(**shape, **options))
+    else:
+        experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+        rope = {"rope_type": "default", "rope_theta": 10_000.0}
+        model = GptOssForCausalLM(GptOssConfig(**shape, **experts, head_dim=8, sliding_window=7, rope_parameters=rope))
     randomize(model, seed=len(kind))
     return model.eval()
 
@@ -67,7 +88,7 @@ def small_model(kind: str, **changes: object) -> PreTrainedModel:
 @pytest.fixture(scope="session")
 def target_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Directories in the hub's layout, by kind of model; ``vocab_6`` has six tokens only."""
-    models = {kind: small_model(kind) for kind in ("qwen3", "qwen3_moe", "llama")}
+    models = {kind: small_model(kind) for kind in KINDS}
     models["vocab_6"] = small_model("qwen3", vocab_size=6, num_hidden_layers=2)
     dirs = {}
     for name, model in models.items():

@@ -15,6 +15,7 @@ from draftopd.losses.blocks import Blocks
 from draftopd.losses.kl import ForwardKL
 from draftopd.replay import ReplayBatch, replay
 from draftopd.targets.target import Target
+from tests.conftest import KINDS
 
 MakeDrafter = Callable[..., DFlashDrafter]
 
@@ -38,7 +39,7 @@ def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
     return ReplayBatch(ids, starts, lengths, anchors, mask, torch.zeros(len(decoded), dtype=torch.long))
 
 
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_replay_at_visited_anchors_repeats_the_rollout(kind: str, target_dirs, make_drafter: MakeDrafter) -> None:
     target = Target.load(str(target_dirs[kind]), dtype="float32")
     drafter = make_drafter(target, block_size=4)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.conftest import small_model
+from tests.conftest import KINDS, small_model
 from transformers import PreTrainedTokenizerFast
 
 ROOT = Path(__file__).parents[2]
@@ -27,7 +27,7 @@ SMALL = (
 def chat_targets(tmp_path_factory: pytest.TempPathFactory, tokenizer: PreTrainedTokenizerFast) -> dict[str, str]:
     """Random targets with the tokenizer's vocabulary, in the hub's layout."""
     directories = {}
-    for kind in ("qwen3", "qwen3_moe", "llama"):
+    for kind in KINDS:
         directory = tmp_path_factory.mktemp("chat") / kind
         small_model(kind, vocab_size=512, num_hidden_layers=5).save_pretrained(directory)
         tokenizer.save_pretrained(directory)

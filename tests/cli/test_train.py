@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from tests.cli.conftest import ROOT, SMALL, Script
+from tests.conftest import KINDS
 
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.rollout.buffer import AnchorBuffer
@@ -72,16 +73,28 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["qwen3_moe", "llama"])
-def test_other_families_train(kind: str, tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
-    group = "qwen3_30b_a3b" if kind == "qwen3_moe" else "hf"
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_family_from_sft_to_lossless_decoding(
+    kind: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    target = (f"target={'qwen3_30b_a3b' if kind == 'qwen3_moe' else 'hf'}", f"target.path={chat_targets[kind]}")
     before = load_file(Path(chat_targets[kind]) / "model.safetensors")
+    sft, opd = tmp_path / "sft", tmp_path / "opd"
+    shape = ("target.dtype=float32", "drafter.num_layers=1", "drafter.block_size=4")
+    done = script("train.py", "experiment=sft", *target, *shape, *SMALL, f"hydra.run.dir={sft}")
+    assert done.returncode == 0, done.stderr
+    start = f"drafter.checkpoint={sft / 'drafter'}"
     done = script(
-        "train.py", "loss=asymmetric_kl", f"target={group}", f"target.path={chat_targets[kind]}", *SMALL,
-        f"hydra.run.dir={tmp_path}",
+        "train.py", "rollout=decode_free", "loss.rejected_weight=1", *target, *shape, start, *SMALL,
+        f"hydra.run.dir={opd}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "drafter" / "model.safetensors").exists()
+    done = script(
+        "eval.py", *target, "target.dtype=float32", f"checkpoint={opd / 'drafter'}", "limit=4", "max_new_tokens=12",
+        f"hydra.run.dir={tmp_path / 'eval'}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "4 of 4 equal to plain decoding" in done.stdout
     after = load_file(Path(chat_targets[kind]) / "model.safetensors")
     assert all(torch.equal(after[k], before[k]) for k in before)
 

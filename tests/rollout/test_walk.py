@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from scipy import stats
+from tests.conftest import KINDS
 from torch import Tensor
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
@@ -76,7 +77,7 @@ WAYS = {
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize("kind", ["qwen3", "qwen3_moe", "llama"])
+@pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafter_class", [DFlashDrafter, StepwiseDrafter])
 def test_greedy_anchors_are_those_of_decoding(
     way: str, kind: str, drafter_class: type[DFlashDrafter], target_dirs, make_drafter: MakeDrafter

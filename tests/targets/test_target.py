@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.conftest import KINDS
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -25,7 +26,6 @@ from draftopd.targets import hub
 from draftopd.targets import target as target_module
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
-KINDS = ["qwen3", "qwen3_moe", "llama"]
 BATCH, LENGTH = 3, 21
 
 
@@ -49,15 +49,24 @@ def states(model: PreTrainedModel, ids: Tensor) -> Tensor:
     return model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
 
 
-@pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> str:
+CASES = [(kind, how) for kind in KINDS for how in ("sdpa", "eager") if (kind, how) != ("gpt_oss", "sdpa")]
+
+
+@pytest.fixture(params=CASES, ids="-".join)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A kind of target and an implementation of its attention; gpt-oss has eager attention only."""
     return request.param
 
 
-@pytest.fixture(params=["sdpa", "eager"])
-def loaded(request: pytest.FixtureRequest, kind: str, target_dirs: dict[str, Path]) -> Target:
-    target = Target.load(str(target_dirs[kind]), dtype="float32", attn_implementation=request.param)
-    assert target.config._attn_implementation == request.param
+@pytest.fixture
+def kind(case: tuple[str, str]) -> str:
+    return case[0]
+
+
+@pytest.fixture
+def loaded(case: tuple[str, str], target_dirs: dict[str, Path]) -> Target:
+    target = Target.load(str(target_dirs[case[0]]), dtype="float32", attn_implementation=case[1])
+    assert target.config._attn_implementation == case[1]
     return target
 
 
@@ -289,16 +298,28 @@ class TestRefusals:
         (directory / "config.json").write_text(json.dumps(config | {"intermediate_size": 40}))
         self.refusal(directory)
 
-    def test_sliding_windows(self) -> None:
+    def test_other_kinds_of_attention(self) -> None:
         shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
                  "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
-        mixed = Qwen2Config(**shape, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-        with pytest.raises(TargetError, match="sliding_attention"):
-            Target(Qwen2ForCausalLM(mixed))
-        with pytest.raises(TargetError, match="sliding_attention"):
-            Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=8)))
-        for window in (None, 64):
-            assert Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=window))).num_layers == 2
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+        model.config.layer_types = ["full_attention", "chunked_attention"]
+        with pytest.raises(TargetError, match="chunked_attention.*full or sliding-window"):
+            Target(model)
+
+
+def test_kinds_of_attention() -> None:
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
+    mixed = Qwen2Config(**shape, use_sliding_window=True, sliding_window=8, max_window_layers=1)
+    assert Target(Qwen2ForCausalLM(mixed)).attention_kinds == ("full_attention", "sliding_attention")
+    for window, kind in ((8, "sliding_attention"), (None, "full_attention"), (64, "full_attention")):
+        target = Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=window)))
+        assert target.attention_kinds == (kind,) and target.window == (window or 64)
+
+
+def test_eager_attention_is_chosen_where_there_is_no_other(target_dirs: dict[str, Path]) -> None:
+    for kind, expected in (("gpt_oss", "eager"), ("qwen3", "sdpa")):
+        assert Target.load(str(target_dirs[kind])).config._attn_implementation == expected
 
 
 def test_stop_tokens(target: Target, tokenizer: PreTrainedTokenizerFast) -> None:

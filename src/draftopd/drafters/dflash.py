@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedTokenizerBase, Qwen3Config
+from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import (
     Qwen3MLP,
     Qwen3RMSNorm,
@@ -52,6 +52,12 @@ def unused_token(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
     if len(tokenizer) < target.vocab_size:
         return len(tokenizer)
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
+
+
+def _rope_theta(shape: PreTrainedConfig) -> float:
+    """The target's rotary base; of its full-attention layers where kinds of layers differ."""
+    rope = getattr(shape, "rope_parameters", None) or {}
+    return float((rope.get("full_attention") or rope).get("rope_theta", 10_000.0))
 
 
 class DFlashAttention(nn.Module):
@@ -162,7 +168,7 @@ class DFlashDrafter(Drafter):
             intermediate_size=intermediate_size or shape.intermediate_size,
             rms_norm_eps=shape.rms_norm_eps,
             max_position_embeddings=shape.max_position_embeddings,
-            rope_theta=(getattr(shape, "rope_parameters", None) or {}).get("rope_theta", 10_000.0),
+            rope_theta=_rope_theta(shape),
             tie_word_embeddings=False,
         )
         taps = target_layer_ids or default_target_layers(num_layers, target.num_layers)
@@ -171,7 +177,10 @@ class DFlashDrafter(Drafter):
             if isinstance(module, nn.Linear):
                 nn.init.normal_(module.weight, std=config.initializer_range)
         # The LM head expects states of the scale that the target's final norm gives.
-        drafter.norm.weight.data.copy_(target.body.norm.weight)
+        # Read off its output: some families store this weight less 1.
+        with torch.no_grad():
+            ones = torch.ones(shape.hidden_size, dtype=target.dtype, device=target.device)
+            drafter.norm.weight.copy_(target.body.norm(ones))
         drafter.check_fits(target)
         return drafter
 

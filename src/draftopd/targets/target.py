@@ -39,11 +39,11 @@ class Target(nn.Module):
     """A causal LM that is only read: always in eval mode, never trained.
 
     Args:
-        model: a transformers causal LM with full attention in every layer.
+        model: a transformers causal LM whose layers are full or sliding-window attention.
         taps: indices of the layers whose outputs the drafter reads; ``i`` is the output of layer ``i``.
 
     Raises:
-        TargetError: if a tap lies outside the model or a layer is not full attention.
+        TargetError: if a tap lies outside the model or a layer has another kind of attention.
     """
 
     def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
@@ -52,7 +52,9 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.body = model.get_decoder()
         self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
-        self._check_attention()
+        self.attention_kinds = self._kinds()
+        #: Positions that a sliding-window layer sees, its own included.
+        self.window = int(getattr(self.config, "sliding_window", None) or self.max_positions)
         self._check_head()
         # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
         names = inspect.signature(type(self.body).forward).parameters
@@ -70,11 +72,14 @@ class Target(nn.Module):
         dtype: str = "auto",
         device: str | None = None,
         device_map: str | None = None,
-        attn_implementation: str = "sdpa",
+        attn_implementation: str | None = None,
         revision: str | None = None,
         trust_remote_code: bool = False,
     ) -> Target:
         """Load a causal LM from a local directory or the model hub.
+
+        Args:
+            attn_implementation: transformers' name of it; None takes SDPA, or eager for models without it (gpt-oss).
 
         Raises:
             TargetError: if it cannot be had, with what to do instead.
@@ -178,7 +183,7 @@ class Target(nn.Module):
         keys = torch.arange(visible, device=ids.device)
         allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
         rows = positions.expand(ids.shape)
-        return self._forward(ids, rows, allowed, cache.at(positions, visible))
+        return self._forward(ids, rows, allowed, keys[None], cache.at(positions, visible))
 
     @torch.no_grad()
     def read_features(self, ids: Tensor) -> Tensor:
@@ -222,15 +227,27 @@ class Target(nn.Module):
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
             positions = (a[..., None] + torch.arange(n, device=a.device)).flatten(1)
             allowed = torch.cat([_before(a, length, n), _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)], -1)
-            reading = self._forward(t.flatten(1), positions, allowed, context)
+            keys = torch.cat([torch.arange(length, device=a.device).expand(batch, -1), positions], -1)
+            reading = self._forward(t.flatten(1), positions, allowed, keys, context)
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
 
-    def _forward(self, ids: Tensor, positions: Tensor, allowed: Tensor, cache: PositionCache | ContextCache) -> Reading:
-        allowed = allowed.expand(ids.shape[0], -1, -1)[:, None]
-        # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=ids.device)
-        mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+    def _forward(
+        self, ids: Tensor, positions: Tensor, allowed: Tensor, keys: Tensor, cache: PositionCache | ContextCache
+    ) -> Reading:
+        """Read ``ids`` at ``positions [batch, n]``.
+
+        Of the keys at positions ``keys [batch, m]`` those ``allowed [batch, n, m]`` are seen; layers with a sliding
+        window see of these only what lies within it.
+        """
+        masks = {}
+        for kind in self.attention_kinds:
+            seen = allowed
+            if kind == "sliding_attention":
+                seen = seen & (positions[..., None] - keys[:, None] < self.window)
+            masks[kind] = self._mask(seen.expand(ids.shape[0], -1, -1)[:, None])
+        # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
+        mask = masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
         self._tapped.clear()
         output = self.body(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
@@ -239,6 +256,11 @@ class Target(nn.Module):
         self._tapped.clear()
         hidden = output.last_hidden_state
         return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
+
+    def _mask(self, allowed: Tensor) -> Tensor:
+        # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
+        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
+        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -253,17 +275,18 @@ class Target(nn.Module):
         if scale:
             raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
 
-    def _check_attention(self) -> None:
+    def _kinds(self) -> tuple[str, ...]:
+        """The kinds of attention its layers have."""
         # Mistral and its kin name no layer types; a window holds for all their layers.
         windowed = (getattr(self.config, "sliding_window", None) or self.max_positions) < self.max_positions
-        kinds = set(
-            getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
-        )
-        if kinds != {"full_attention"}:
+        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
+        others = set(kinds) - {"full_attention", "sliding_attention"}
+        if others:
             raise TargetError(
-                f"The target has {', '.join(sorted(kinds - {'full_attention'}))} layers, which block scoring does "
-                "not cover: use a target whose layers are all full attention."
+                f"The target has {', '.join(sorted(others))} layers, which block scoring does not cover: use a target "
+                "whose layers are full or sliding-window attention."
             )
+        return tuple(sorted(set(kinds)))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
