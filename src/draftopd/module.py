@@ -196,6 +196,7 @@ class DraftModule(L.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         weights = checkpoint["state_dict"]
         checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("target.")}
+        checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)
         checkpoint["training_seconds"] = self.training_seconds

@@ -78,6 +78,9 @@ class Prophet(Drafter):
                 tokens[i, k] = (known + (position in self.lies[row])) % target.vocab_size
         return Draft(torch.zeros(*tokens.shape, 1), tokens[:, None])
 
+    def describe(self) -> dict[str, object]:
+        raise NotImplementedError
+
     def replay(self, *_: object) -> Draft:
         raise NotImplementedError
 

@@ -84,6 +84,10 @@ class Drafter(nn.Module, ABC):
     def save(self, directory: Path) -> None:
         """Write the checkpoint in the drafter's public format."""
 
+    @abstractmethod
+    def describe(self) -> dict[str, Any]:
+        """The checkpoint's ``config.json`` as plain containers: with the tensors all that makes the drafter."""
+
     def check_fits(self, target: Target) -> None:
         """Refuse a target this drafter was not made for.
 

@@ -8,6 +8,7 @@ extra keys and values of every layer. Embedding and LM head are the target's, sh
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +23,7 @@ from transformers.models.qwen3.modeling_qwen3 import (
 from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import block_attention
 from draftopd.drafters.base import Chooser, Draft, Drafter
-from draftopd.drafters.dflash_format import read_dflash, write_dflash
+from draftopd.drafters.dflash_format import describe, read_dflash, write_dflash
 from draftopd.errors import DrafterError
 from draftopd.targets.target import Target
 
@@ -224,6 +225,17 @@ class DFlashDrafter(Drafter):
             DrafterError: if it is missing, or a tensor is missing, extra or misshapen.
         """
         config, extras, tensors = read_dflash(Path(directory))
+        return cls.assemble(config, extras, tensors, str(directory))
+
+    @classmethod
+    def assemble(
+        cls, config: Qwen3Config, extras: dict[str, Any], tensors: dict[str, Tensor], where: str
+    ) -> DFlashDrafter:
+        """The drafter of a parsed config and its tensors, in float32.
+
+        Raises:
+            DrafterError: if a tensor is missing, extra or misshapen; ``where`` names the checkpoint.
+        """
         drafter = cls(config, **extras)
         own = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
         found = {name: tuple(t.shape) for name, t in tensors.items()}
@@ -233,11 +245,14 @@ class DFlashDrafter(Drafter):
                 f"{n} {found[n]} instead of {own[n]}" for n in sorted(own.keys() & found.keys()) if own[n] != found[n]
             ]
             raise DrafterError(
-                f"The tensors of {directory} are not those of its config.json. "
+                f"The tensors of {where} are not those of its config.json. "
                 f"Missing: {missing or 'none'}; extra: {extra or 'none'}; misshapen: {shapes or 'none'}."
             )
         drafter.load_state_dict({name: t.float() for name, t in tensors.items()})
         return drafter
+
+    def describe(self) -> dict[str, Any]:
+        return describe(self)
 
     def save(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
         """Write config.json and model.safetensors in the public DFlash layout."""

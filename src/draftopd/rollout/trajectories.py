@@ -122,7 +122,7 @@ class GeneratedTrajectories(Trajectories):
         prompts = request.prompts()
         with TrajectoryStore(Path(self.store), settings(request)) as store:
             missing = [list(p) for p in dict.fromkeys(map(tuple, prompts)) if store.get(list(p)) is None]
-            self.counts["reused"] = len(prompts) - len(missing)
+            self.counts.update(reused=len(prompts) - len(missing), generated=0)
             request.progress(self.counts["reused"], 0)
             for batch in self.generate(request, missing) if missing else ():
                 for trajectory in batch:

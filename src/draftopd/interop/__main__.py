@@ -1,0 +1,105 @@
+"""Bring drafters from one checkpoint format into another.
+
+    python -m draftopd.interop export runs/opd/.../checkpoints/last.ckpt OUT
+    python -m draftopd.interop export runs/opd/.../drafter OUT --format speculators --target Qwen/Qwen3-8B
+    python -m draftopd.interop import SPECULATORS_DIR OUT --target Qwen/Qwen3-8B
+
+`dflash` is what z-lab publishes: vLLM (`method: dflash`), SGLang (`DFLASH`) and transformers load it beside the target.
+`speculators` is vLLM's own: `vllm serve OUT`. A training checkpoint can be exported while training goes on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pickle
+import sys
+from pathlib import Path
+
+import torch
+
+from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.dflash_format import parse_config
+from draftopd.errors import DrafterError, DraftOPDError
+from draftopd.interop.speculators import read_speculators, write_speculators
+from draftopd.interop.target_files import TargetFiles
+from draftopd.targets.hub import resolve
+
+_PREFIX = "drafter."
+
+
+def read_training_checkpoint(path: Path) -> DFlashDrafter:
+    """The drafter of a training run's ``.ckpt``, in float32.
+
+    Raises:
+        DrafterError: if the file is no such checkpoint, or damaged.
+    """
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        described, weights = checkpoint["drafter"], checkpoint["state_dict"]
+    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, EOFError, TypeError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise DrafterError(f"{path} is no checkpoint of a training run, or damaged: {reason}") from error
+    tensors = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
+    return DFlashDrafter.assemble(*parse_config(described, str(path)), tensors, str(path))
+
+
+def read_any(path: str) -> DFlashDrafter:
+    """A drafter from a DFlash directory, a run's directory, or a training checkpoint."""
+    place = Path(resolve(path))
+    if place.is_file():
+        return read_training_checkpoint(place)
+    if (place / "drafter" / "config.json").is_file():
+        place = place / "drafter"
+    return DFlashDrafter.load(place)
+
+
+def export(options: argparse.Namespace) -> str:
+    """Write a drafter in the format asked for; says what can be done with it."""
+    drafter, dtype = read_any(options.source), getattr(torch, options.dtype)
+    if options.format == "dflash":
+        drafter.save(Path(options.output), dtype)
+        return (
+            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "dflash", "model": "{options.output}"}}\''
+        )
+    if options.target is None:
+        raise DrafterError("The speculators format holds the target's embedding and LM head: name it with --target.")
+    target = TargetFiles(options.target)
+    write_speculators(drafter, Path(options.output), target, options.verifier or target.path, dtype)
+    return f"serve it: vllm serve {options.output}"
+
+
+def bring_in(options: argparse.Namespace) -> str:
+    """Write a drafter in the speculators format as a DFlash directory; says what can be done with it."""
+    drafter = read_speculators(Path(options.source), TargetFiles(options.target))
+    drafter.save(Path(options.output), getattr(torch, options.dtype))
+    return f"train it: python train.py target=hf target.path={options.target} drafter.checkpoint={options.output}"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m draftopd.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True)
+    out = commands.add_parser("export", help="from draftopd to a serving engine's format")
+    out.add_argument("source", help="drafter directory, run directory or .ckpt of a training run")
+    out.add_argument("--format", choices=("dflash", "speculators"), default="dflash")
+    out.add_argument("--target", help="the target's directory or hub name (for speculators)")
+    out.add_argument("--verifier", help="how the server finds the target; default: --target")
+    out.set_defaults(run=export)
+    into = commands.add_parser("import", help="from the speculators format to a DFlash directory")
+    into.add_argument("source", help="directory in the speculators format")
+    into.add_argument("--target", required=True, help="the target's directory or hub name")
+    into.set_defaults(run=bring_in)
+    for command in (out, into):
+        command.add_argument("output", help="directory to write")
+        command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
+    options = parser.parse_args(arguments)
+    try:
+        advice = options.run(options)
+    except DraftOPDError as error:
+        sys.exit(f"Error: {error}")
+    print(f"wrote {options.output}\n{advice}")
+
+
+if __name__ == "__main__":
+    main()

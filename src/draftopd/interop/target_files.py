@@ -1,0 +1,80 @@
+"""What a target's directory says of it, read without loading the model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from transformers.utils import cached_file
+
+from draftopd.errors import TargetError
+from draftopd.targets.hub import local_only, resolve, unavailable
+
+_INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
+
+
+class TargetFiles:
+    """The config and single tensors of a target, from a local directory or the model hub.
+
+    Args:
+        path: directory, hub name or ``bundled:NAME``.
+
+    Raises:
+        TargetError: if its config cannot be had.
+    """
+
+    def __init__(self, path: str) -> None:
+        self.path = resolve(path)
+        raw = json.loads(self._file("config.json").read_text(encoding="utf-8"))
+        self.architectures: list[str] = raw.get("architectures") or []
+        self.config: dict[str, Any] = raw.get("text_config") or raw
+        try:
+            self.num_layers = int(self.config["num_hidden_layers"])
+            self.hidden_size, self.vocab_size = int(self.config["hidden_size"]), int(self.config["vocab_size"])
+        except KeyError as error:
+            raise TargetError(f"config.json of {path} has no {error}: name the target the drafter is for.") from error
+
+    def embedding(self) -> Tensor:
+        """``[vocab, hidden]``."""
+        return self._tensor("embed_tokens.weight")
+
+    def lm_head(self) -> Tensor:
+        """``[vocab, hidden]``; the embedding where the two are tied."""
+        if self.config.get("tie_word_embeddings"):
+            return self.embedding()
+        return self._tensor("lm_head.weight")
+
+    def _tensor(self, ending: str) -> Tensor:
+        index = self._file(_INDEX, needed=False)
+        if index is not None:
+            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+        else:
+            with safe_open(self._file(_WHOLE), framework="pt") as file:
+                places = dict.fromkeys(file.keys(), _WHOLE)
+        found = [name for name in places if name.endswith(ending)]
+        if len(found) != 1:
+            raise TargetError(f"{self.path} has {len(found)} tensors named *{ending}, expected one.")
+        try:
+            with safe_open(self._file(places[found[0]]), framework="pt") as file:
+                return file.get_tensor(found[0])
+        except SafetensorError as error:
+            raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
+
+    def _file(self, name: str, needed: bool = True) -> Any:
+        if Path(self.path).is_dir():
+            file = Path(self.path) / name
+            if file.is_file():
+                return file
+            if needed:
+                raise TargetError(f"The target {self.path} has no {name}: name a directory in Hugging Face layout.")
+            return None
+        try:
+            found = cached_file(
+                self.path, name, local_files_only=local_only(self.path), _raise_exceptions_for_missing_entries=needed
+            )
+        except OSError as error:
+            raise TargetError(unavailable(self.path, error)) from error
+        return Path(found) if found else None
