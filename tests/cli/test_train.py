@@ -62,6 +62,14 @@ def test_tensorboard_holds_scalars_histogram_and_text(finished: Path) -> None:
     assert any(tag.startswith("drafts/prompt_0") for tag in tags["tensors"])
 
 
+def test_the_last_checkpoint_is_of_the_last_step_whatever_tau_did(finished: Path) -> None:
+    last = torch.load(finished / "checkpoints" / "last.ckpt", weights_only=True)
+    assert last["global_step"] == 4
+    exported = {k.removeprefix("drafter."): v for k, v in last["state_dict"].items() if k.startswith("drafter.")}
+    written = load_file(finished / "drafter" / "model.safetensors")
+    assert all(torch.equal(exported[k].to(written[k].dtype), written[k]) for k in written)
+
+
 def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
     done = script(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3",

@@ -6,8 +6,10 @@ import pickle
 from dataclasses import replace
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
+from torch import Tensor
 
 from draftopd.data.replay_datamodule import ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.replay import ReplayBatch
@@ -30,6 +32,12 @@ def loader(
 ) -> ReplayLoader:
     sampler = ReplaySampler(batches, 4, seed, rank, ranks)
     return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy(choice, 6, 3), pad=999)  # type: ignore[arg-type]
+
+
+def epoch(serving: ReplayLoader, number: int) -> list[ReplayBatch]:
+    """The batches of one epoch, which the trainer would announce."""
+    serving.order.set_epoch(number)
+    return list(serving)
 
 
 def same(a: list[ReplayBatch], b: list[ReplayBatch]) -> bool:
@@ -60,27 +68,34 @@ def test_batches_hold_like_lengths(root: Path) -> None:
 
 def test_seeds_and_epochs(root: Path) -> None:
     first = loader(root)
-    one, two = list(first), list(first)
+    one, two = epoch(first, 0), epoch(first, 1)
     assert not same(one, two)
     again = loader(root)
-    assert same(one, list(again)) and same(two, list(again))
+    assert same(one, epoch(again, 0)) and same(two, epoch(again, 1))
     assert not same(one, list(loader(root, seed=1)))
 
 
 @pytest.mark.parametrize("stop", [1, 4, 9])
 def test_a_restart_in_mid_epoch_serves_exactly_the_rest(root: Path, stop: int) -> None:
     whole = loader(root)
-    list(whole)
-    second = list(whole)
+    second = epoch(whole, 1)
     broken = loader(root)
-    list(broken)
+    broken.order.set_epoch(1)
     served = iter(broken)
     for _ in range(stop):
         next(served)
     restored = loader(root)
     restored.load_state_dict(broken.state_dict())
-    assert same(list(restored), second[stop:])
-    assert same(list(restored), list(whole))  # and the epochs after it
+    assert same(epoch(restored, 1), second[stop:])
+    assert same(epoch(restored, 2), epoch(whole, 2))  # and the epochs after it
+
+
+def test_a_restart_after_a_whole_epoch_serves_the_next(root: Path) -> None:
+    done = loader(root)
+    epoch(done, 0)
+    restored = loader(root)
+    restored.load_state_dict(done.state_dict())
+    assert same(epoch(restored, 1), epoch(loader(root), 1))
 
 
 def test_ranks_share_an_epoch(root: Path) -> None:
@@ -150,3 +165,31 @@ def test_a_restart_in_mid_epoch_keeps_renewed_anchors(root: Path, stop: int) -> 
 def test_anchors_of_no_drafter_have_no_age(root: Path) -> None:
     assert {int(x) for batch in loader(root, choice="random") for x in batch.made_at} == {-1}
     assert {int(x) for batch in loader(root, choice="error") for x in batch.made_at} == {0}
+
+
+class Watching(L.LightningModule):
+    """Trains nothing, and remembers the sequences and anchors it was given, by epoch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.zeros(1))
+        self.seen: dict[int, list[list[int]]] = {}
+
+    def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
+        self.seen.setdefault(self.current_epoch, []).append([*batch.ids[:, 0].tolist(), *batch.anchors[0].tolist()])
+        return self.weight.sum()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), 0.1)
+
+
+def test_a_trainers_epochs_differ_in_order_and_anchors(root: Path) -> None:
+    module = Watching()
+    options = {"logger": False, "enable_checkpointing": False, "enable_progress_bar": False, "accelerator": "cpu"}
+    L.Trainer(max_epochs=3, enable_model_summary=False, **options).fit(module, loader(root))
+    first, second, third = (module.seen[number] for number in range(3))
+    assert len(first) == len(second) == len(third) == 10
+    assert first != second != third != first
+    for number, found in enumerate((first, second, third)):
+        batches = epoch(loader(root), number)
+        assert found == [[*b.ids[:, 0].tolist(), *b.anchors[0].tolist()] for b in batches]

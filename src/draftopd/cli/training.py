@@ -129,10 +129,13 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
 
 
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
-    checkpoint = ModelCheckpoint(
-        dirpath=directory / "checkpoints", filename="best", monitor="val/tau", mode="max", save_last=True
-    )
-    options: dict[str, Any] = {"callbacks": [checkpoint, *callbacks], "default_root_dir": str(directory)}
+    where = directory / "checkpoints"
+    # Two callbacks: one that keeps the best would renew its `last` only when the best is renewed.
+    best = ModelCheckpoint(dirpath=where, filename="best", monitor="val/tau", mode="max", enable_version_counter=False)
+    last = ModelCheckpoint(
+        dirpath=where, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
+    )  # fmt: skip
+    options: dict[str, Any] = {"callbacks": [best, last, *callbacks], "default_root_dir": str(directory)}
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
         options["callbacks"].append(LearningRateMonitor("step"))

@@ -36,6 +36,15 @@ class ReplaySampler(Sampler[list[int]]):
         self.epoch = 0
         self.lengths: list[int] = []
 
+    @property
+    def sampler(self) -> ReplaySampler:
+        """Itself: where the trainer looks for :meth:`set_epoch`."""
+        return self
+
+    def set_epoch(self, epoch: int) -> None:
+        """Each epoch has an order of its own; the trainer tells which it is, after a resume too."""
+        self.epoch = epoch
+
     def __len__(self) -> int:
         return self.batches
 
@@ -104,7 +113,7 @@ class ReplayLoader(DataLoader[Recorded]):
         buffer = self.replays.open()
         self.order.lengths = buffer.lengths
         skip, self._skip = self._skip, 0
-        self._served = 0
+        self._served = skip
         if not skip:
             self._renewed = {}
         batches = list(self.order)
@@ -120,9 +129,6 @@ class ReplayLoader(DataLoader[Recorded]):
                 + self.order.rank
             )
             yield self.collate(self._renewed.get(place) or [buffer[i] for i in indices], generator)
-        self.order.epoch += 1
-        self._served = 0
-        self._renewed = {}
 
     def _renew(self, renew: Renew, buffer: AnchorBuffer, batches: list[list[int]], place: int) -> None:
         """Renew the anchors of the next batches, all at once."""
@@ -148,10 +154,11 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"epoch": self.order.epoch, "served": self._served, "renewed": renewed}
+        return {"served": self._served, "renewed": renewed}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.order.epoch, self._skip = state["epoch"], state["served"]
+        # An epoch that was served whole is over: the trainer goes on with the next.
+        self._skip = state["served"] if state["served"] < len(self.order) else 0
         if state["renewed"]:
             buffer = self.replays.open()
             self.order.lengths = buffer.lengths
