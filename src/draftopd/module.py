@@ -80,7 +80,6 @@ class DraftModule(L.LightningModule):
         self.training_seconds = 0.0
         self._clock_started: float | None = None
         slots = drafter.num_proposals
-        self.replayed = AcceptanceByPosition(slots)
         self.agreement = Agreement()
         self.by_entropy = EntropyAcceptance()
         self.tau = AcceptanceLength()
@@ -96,8 +95,13 @@ class DraftModule(L.LightningModule):
             reanchor=self._fresh_anchors if self.fresh else None,
             with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
         )  # fmt: skip
+        scope = self.loss.teacher
+        judged = blocks
+        if logs_now and (scope == "none" or (scope == "until_fail" and self.sampling.greedy)):
+            # What is logged must not change what is learnt.
+            judged = blocks.against_recorded(until_fail=scope == "until_fail")
         with self.clock("loss"):
-            output = self.loss(blocks)
+            output = self.loss(judged)
         if not torch.isfinite(output.loss):
             raise NumericsError(
                 f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
@@ -141,7 +145,10 @@ class DraftModule(L.LightningModule):
         assert self.fresh is not None
         seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         with self.drafting():
-            return self.fresh.renew(self.target, self.drafter, batch, features, states, seed, self.global_step)
+            found = self.fresh.renew(self.target, self.drafter, batch, features, states, seed, self.global_step)
+        # Before torch 2.10 weights that autocast cast without gradients kept none in the pass that follows.
+        torch.clear_autocast_cache()
+        return found
 
     def on_fit_start(self) -> None:
         self._clock_started = time.perf_counter() - self.training_seconds - self.clock.seconds["validation"]
@@ -210,4 +217,4 @@ class DraftModule(L.LightningModule):
         if self.sampling.greedy:
             return None
         seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
-        return torch.Generator(self.device).manual_seed(seed)
+        return torch.Generator(self.device).manual_seed(seed % 2**63)

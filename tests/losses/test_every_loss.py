@@ -126,7 +126,8 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
                 decays = [1.0 if constant is None else math.exp(-(k - 1) / constant)] * 2
             if k <= n + int(options.get("include_correction", False)):
                 weight = options.get("accepted_weight", 1.0) * decays[0]
-                streams[0].append((accepted_value(p, q, d, y), weight, (i, k)))
+                emitted = d if k <= n and not hard else y
+                streams[0].append((accepted_value(p, q, d, emitted), weight, (i, k)))
             if n < k <= (n + 1 if options.get("accept_until_fail") else K):
                 weight = options.get("rejected_weight", 1.0) * decays[1]
                 streams[1].append((rejected_value(p, q, d, y), weight, (i, k)))
@@ -321,3 +322,16 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
 def test_wrong_options_are_refused(build: Callable[[], Loss]) -> None:
     with pytest.raises(ValueError, match="found"):
         build()
+
+
+def test_blocks_judged_by_the_recorded_tokens() -> None:
+    """What a scored replay comes to where only recorded tokens may decide."""
+    blocks = make_blocks()
+    agreeing = Blocks(**{**blocks.__dict__, "proposals": blocks.labels.clone()})
+    agreeing.proposals[0, 1] += 1
+    judged = agreeing.against_recorded(until_fail=False)
+    assert judged.accepted.tolist() == [1, 5, 5, 5, 2, 5]  # block 4 has two recorded tokens
+    assert torch.equal(judged.valid, blocks.valid)
+    scoped = agreeing.against_recorded(until_fail=True)
+    assert scoped.valid[0].tolist() == [True, True, False, False, False]
+    assert scoped.valid[4].tolist() == [True, True, False, False, False]

@@ -15,9 +15,10 @@ from draftopd.losses.base import TeacherScope
 from draftopd.replay import ReplayBatch, pad_anchors, replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import Recorded
-from draftopd.rollout.engines import DecodeFreeRollout, Rollout, SpeculativeRollout, TargetRollout, text_seed
+from draftopd.rollout.engines import DecodeFreeRollout, Rollout, SpeculativeRollout, TargetRollout
 from draftopd.rollout.fresh import FreshAnchors
 from draftopd.rollout.trajectories import InProcessTrajectories, Request
+from draftopd.rollout.walk import text_seed
 
 MakeDrafter = Callable[..., DFlashDrafter]
 

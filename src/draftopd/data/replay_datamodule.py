@@ -49,7 +49,7 @@ class ReplaySampler(Sampler[list[int]]):
         return self.batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.epoch)
+        generator = torch.Generator().manual_seed((self.seed * 1_000_003 + self.epoch) % 2**63)
         wanted = self.batches * self.batch_size * self.ranks
         order: list[int] = []
         while len(order) < wanted:
@@ -120,19 +120,23 @@ class ReplayLoader(DataLoader[Recorded]):
         for place, indices in enumerate(batches):
             if place < skip:
                 continue
-            if self.renew is not None and self.renew_every and place % self.renew_every == 0:
+            if self.renew is not None and self.renew_every and place not in self._renewed:
                 self._renew(self.renew, buffer, batches, place)
             self._served = place + 1
             generator = torch.Generator().manual_seed(
-                (self.order.seed * 1_000_003 + self.order.epoch) * 1_000_003
-                + place * self.order.ranks
-                + self.order.rank
+                (
+                    (self.order.seed * 1_000_003 + self.order.epoch) * 1_000_003
+                    + place * self.order.ranks
+                    + self.order.rank
+                )
+                % 2**63
             )
             yield self.collate(self._renewed.get(place) or [buffer[i] for i in indices], generator)
 
     def _renew(self, renew: Renew, buffer: AnchorBuffer, batches: list[list[int]], place: int) -> None:
         """Renew the anchors of the next batches, all at once."""
-        coming = range(place, min(place + self.renew_every, len(batches)))
+        after = (place // self.renew_every + 1) * self.renew_every
+        coming = range(place, min(after, len(batches)))
         records = iter(renew([buffer[i] for p in coming for i in batches[p]]))
         self._renewed = {p: [next(records) for _ in batches[p]] for p in coming}
 
@@ -154,12 +158,13 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"served": self._served, "renewed": renewed}
+        return {"served": self._served, "renewed": renewed, "rank": self.order.rank}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # An epoch that was served whole is over: the trainer goes on with the next.
         self._skip = state["served"] if state["served"] < len(self.order) else 0
-        if state["renewed"]:
+        # A checkpoint holds the first rank's anchors; the others, whose texts are others, find theirs anew.
+        if state["renewed"] and state["rank"] == self.order.rank:
             buffer = self.replays.open()
             self.order.lengths = buffer.lengths
             batches = list(self.order)

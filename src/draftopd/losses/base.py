@@ -100,9 +100,9 @@ class StreamLoss(Loss):
     def weights(self, blocks: Blocks, stream: Stream) -> Tensor:
         """``[N, K]``: what each slot weighs within a stream, the stream's own weight left out."""
         if stream == "accepted":
-            member = blocks.slots < (blocks.accepted + int(self.include_correction))[:, None]
+            member = blocks.accepted_stream(self.include_correction)
         else:
-            member = blocks.slots >= blocks.accepted[:, None]
+            member = blocks.rejected_stream()
             if self.accept_until_fail:
                 member = member & blocks.until_fail()
         decay = self.decay(blocks.proposals.shape[1], stream).to(blocks.student.device)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -56,11 +56,23 @@ class Blocks:
 
     def accepted_stream(self, include_correction: bool = False) -> Tensor:
         """``[N, K]`` True at slots 1..n, and at the correction slot n + 1 where it is included."""
-        return self.valid & (self.slots < (self.accepted + int(include_correction))[:, None])
+        return self.slots < (self.accepted + int(include_correction))[:, None]
 
     def rejected_stream(self) -> Tensor:
         """``[N, K]`` True at slots n + 1..K."""
-        return self.valid & (self.slots >= self.accepted[:, None])
+        return self.slots >= self.accepted[:, None]
+
+    def against_recorded(self, until_fail: bool) -> Blocks:
+        """The same blocks judged by the recorded tokens alone, as where the target has not scored the drafter's own.
+
+        Args:
+            until_fail: only slots count that have a recorded token and lie no further than the first rejection.
+        """
+        same = (self.proposals == self.labels) & self.recorded
+        judged = replace(self, accepted=same.long().cumprod(-1).sum(-1))
+        if not until_fail:
+            return judged
+        return replace(judged, valid=self.valid & self.recorded & judged.until_fail())
 
     def until_fail(self) -> Tensor:
         """``[N, K]`` True up to and including the first rejected slot (Spec-AUF, arXiv 2607.01893)."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from draftopd.losses.base import DistilledLoss, Stream
@@ -41,7 +42,10 @@ class SampledKL(DistilledLoss):
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         estimate = two_outcome_kl if stream == "accepted" else k3
-        tokens = blocks.labels if stream == "accepted" else blocks.proposals
+        tokens = blocks.proposals
+        if stream == "accepted":
+            # An accepted proposal was emitted; at the correction slot the recorded token was (at temperature 0).
+            tokens = torch.where(blocks.slots < blocks.accepted[:, None], blocks.proposals, blocks.labels)
 
         def slot(student_logits: Tensor, teacher_logits: Tensor, token: Tensor) -> Tensor:
             log_p, log_q = (

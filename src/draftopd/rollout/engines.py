@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Protocol
@@ -15,7 +14,7 @@ from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.trajectories import Request, Trajectories, Trajectory
-from draftopd.rollout.walk import Walker
+from draftopd.rollout.walk import Walker, text_seed
 from draftopd.targets.target import Target
 
 #: Batches of texts sorted by length together, so that a batch holds texts of like length.
@@ -183,11 +182,6 @@ class DecodeFreeRollout(TargetRollout):
             for i, record, found in zip(places, batch, visited, strict=True):
                 result[i] = replace(record, anchors=found.anchors, accepted=found.accepted, emitted=found.emitted)
         return result
-
-
-def text_seed(seed: int, tokens: Sequence[int]) -> int:
-    """The seed of one text's draws, whatever stands beside it."""
-    return zlib.crc32(repr(list(tokens)).encode(), seed & 0xFFFFFFFF)
 
 
 def _without_anchors(text: Trajectory) -> Recorded:

@@ -8,7 +8,7 @@ from torch import Tensor
 from draftopd.drafters.base import Drafter
 from draftopd.replay import ReplayBatch
 from draftopd.rollout.anchors import AnchorPolicy
-from draftopd.rollout.walk import Texts, Walker
+from draftopd.rollout.walk import Texts, Walker, text_seed
 from draftopd.targets.target import Target
 
 
@@ -42,8 +42,10 @@ class FreshAnchors:
             step: optimizer steps the drafter has taken.
         """
         texts = Texts(batch.ids, batch.starts, batch.lengths, features, states)
-        visited = self.walker.walk(target, drafter, texts, [seed * 4_099 + row for row in range(len(batch.ids))])
-        generator = torch.Generator().manual_seed(seed)
+        rows = zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True)
+        seeds = [text_seed(seed, ids[:length]) for ids, length in rows]
+        visited = self.walker.walk(target, drafter, texts, seeds)
+        generator = torch.Generator().manual_seed(seed % 2**63)
         ends = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         chosen = [
             self.policy.choose(found.anchors, found.accepted, start, length, generator)

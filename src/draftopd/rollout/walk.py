@@ -15,6 +15,7 @@ texts than for one, so many texts are walked, and the last few are finished at e
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -270,3 +271,8 @@ def _luck(texts: Texts, slots: int, seeds: Sequence[int]) -> Tensor:
         for n, seed in zip(counts, seeds, strict=True)
     ]
     return torch.nn.utils.rnn.pad_sequence(drawn, batch_first=True).to(texts.ids.device)
+
+
+def text_seed(seed: int, tokens: Sequence[int]) -> int:
+    """The seed of one text's draws, whatever stands beside it."""
+    return zlib.crc32(repr(list(tokens)).encode(), seed & 0xFFFFFFFF)
