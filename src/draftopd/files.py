@@ -11,7 +11,8 @@ from pathlib import Path
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
     """A name to write to; on success it takes ``path``'s place, on any error it is removed."""
-    partial = path.with_name(f".{path.name}.partial")
+    # Other processes may write the same file at the same moment.
+    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         yield partial
         os.chmod(partial, 0o644)  # safetensors writes files only their owner can read

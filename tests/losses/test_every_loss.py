@@ -45,19 +45,19 @@ def alpha(p: Law, q: Law) -> Tensor:
 
 
 def floored(p: Law, token: int) -> Tensor:
-    return p[token].log() if p[token].log() > -3 else torch.full((), -3.0, dtype=p.dtype)
+    return p[token].log() if p[token].log() > -6 else torch.full((), -6.0, dtype=p.dtype)
 
 
 def two_outcomes(p: Law, q: Law, token: int) -> Tensor:
     a, b = floored(p, token), floored(q, token)
     value = a.exp() * (a - b) + (1 - a.exp()) * ((1 - a.exp()) / (1 - b.exp())).log()
-    return value if value < 2 else value.detach() * 0 + 2
+    return value if value < 5 else value * 0 + 5
 
 
 def estimate(p: Law, q: Law, token: int) -> Tensor:
     r = floored(p, token) - floored(q, token)
     value = r.exp() - r - 1
-    return value if value < 2 else value.detach() * 0 + 2
+    return value if value < 5 else value * 0 + 5
 
 
 #: Each loss: how it is made, its value on the accepted and on the rejected stream, its decay.
@@ -73,7 +73,7 @@ CASES: dict[str, tuple[Callable[..., StreamLoss], SlotValue, SlotValue]] = {
         lambda p, q, d, y: -alpha(p, q).log(),
     ),
     "sampled_kl": (
-        lambda **o: SampledKL(-3.0, 2.0, **o),
+        lambda **o: SampledKL(-6.0, 5.0, **o),
         lambda p, q, d, y: two_outcomes(p, q, y),
         lambda p, q, d, y: estimate(p, q, d),
     ),

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tests.rollout.conftest import MakeRequest
 from tests.rollout.serving import FAULTS, Answer, Server, passing_on, serving
 
@@ -21,6 +22,7 @@ from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, PromptError, ServerError
 from draftopd.rollout import server as module
+from draftopd.rollout.origin import excess_surprise
 from draftopd.rollout.server import ServerTrajectories
 from draftopd.rollout.trajectories import Request, Trajectory
 from draftopd.targets.hub import resolve
@@ -75,7 +77,10 @@ def test_token_ids_are_taken_as_they_are(tmp_path: Path, make_request: MakeReque
         assert 1 < server.most_at_once <= 3
         asked = server.requests[0]
         assert asked["model"] == "small" and asked["temperature"] == 0 and asked["max_tokens"] == 20
-        assert asked["stop_token_ids"] == [3, 11] and "seed" not in asked and "top_k" not in asked
+        # What is left out a server would take from the model's generation config.
+        neutral = {"top_k": -1, "top_p": 1.0, "min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0}
+        assert asked | neutral == asked
+        assert asked["stop_token_ids"] == [3, 11] and "seed" not in asked
         before = len(server.requests)
         assert collect(source, request) == texts_of(request)
         assert len(server.requests) == before
@@ -140,6 +145,8 @@ def test_nobody_there(tmp_path: Path, make_request: MakeRequest) -> None:
         collect(ServerTrajectories(url, str(tmp_path), attempts=2), make_request())
     with pytest.raises(ServerError, match="no address: write trajectories.url="):
         collect(ServerTrajectories("localhost:8000", str(tmp_path), attempts=1), make_request())
+    with pytest.raises(ServerError, match="no address"):
+        collect(ServerTrajectories("http://localhost:80O0", str(tmp_path), attempts=1), make_request())
 
 
 @pytest.mark.parametrize(
@@ -196,6 +203,9 @@ def test_one_bad_answer_is_left_out(tmp_path: Path, make_request: MakeRequest) -
         source = source_of(server, tmp_path)
         assert collect(source, request) == [t for t in texts_of(request) if t.prompt != spoiled]
         assert source.counts["dropped, ids outside the target's vocabulary"] == 1
+        # Asked for again, it still is the only one missing; that ends nothing.
+        assert len(collect(source, request)) == 11
+        assert source.counts["reused"] == 11
 
 
 def test_another_models_texts_are_refused(tmp_path: Path, make_request: MakeRequest) -> None:
@@ -209,6 +219,39 @@ def test_another_models_texts_are_refused(tmp_path: Path, make_request: MakeRequ
         pytest.raises(PromptError, match="not what the target would produce"),
     ):
         collect(source_of(server, tmp_path), request)
+    assert not list(tmp_path.glob("*/texts-*"))
+
+
+def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequest) -> None:
+    """Above temperature 0 no token is impossible, but on average they surprise the target."""
+    plain = make_request()
+    hot = make_request(sampling=Sampling(1.0))
+    with serving(engine(plain, lambda c: c | {"token_ids": [(i + 20) % 60 for i in c["token_ids"]]})) as server:
+        with pytest.raises(PromptError, match="nats more than its own"):
+            collect(source_of(server, tmp_path), hot)
+    decoder = Decoder(hot.target, None, hot.sampling, max_new_tokens=20, stop=hot.stop)
+    own = [
+        Trajectory(d.prompt, d.response) for d in decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
+    ]
+    assert abs(excess_surprise(hot.target, own, hot.sampling)) < 0.3
+
+
+def test_an_error_does_not_wait_for_the_other_answers(tmp_path: Path, make_request: MakeRequest) -> None:
+    request = make_request()
+    answers = engine(request)
+
+    def slow_but_one(method: str, path: str, body: Any, headers: Any) -> tuple[int, Any]:
+        if method == "POST" and body["prompt"] == request.prompts()[2]:
+            return 400, {"error": "no"}
+        if method == "POST":
+            time.sleep(3)
+        return answers(method, path, body, headers)
+
+    with serving(slow_but_one) as server:
+        began = time.monotonic()
+        with pytest.raises(ServerError, match="400"):
+            collect(source_of(server, tmp_path, timeout=60.0), request)
+        assert time.monotonic() - began < 2
 
 
 def test_several_models(tmp_path: Path, make_request: MakeRequest) -> None:
@@ -230,7 +273,12 @@ def test_keys_come_from_the_environment_and_are_never_shown(
 ) -> None:
     with pytest.raises(ConfigError, match="NO_SUCH_KEY.*is not set"):
         ServerTrajectories("http://x", str(tmp_path), api_key_env="NO_SUCH_KEY")
-    monkeypatch.setenv("SERVER_KEY", "secret-value")
+    for bad in ("sécret", "se\ncret", " \n"):
+        monkeypatch.setenv("SERVER_KEY", bad)
+        with pytest.raises(ConfigError, match="SERVER_KEY holds no key") as refusal:
+            ServerTrajectories("http://x", str(tmp_path), api_key_env="SERVER_KEY")
+        assert bad.strip() == "" or bad not in str(refusal.value)
+    monkeypatch.setenv("SERVER_KEY", "secret-value\n")
     request = make_request()
     answers, seen = engine(request), []
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import multiprocessing
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -13,6 +15,7 @@ from draftopd.decoding.sampling import Sampling
 from draftopd.errors import BufferError
 from draftopd.rollout import shards
 from draftopd.rollout.trajectories import GeneratedTrajectories, InProcessTrajectories, Request, Trajectory
+from draftopd.rollout.trajectory_store import TrajectoryStore
 
 
 class Counting(GeneratedTrajectories):
@@ -89,6 +92,26 @@ def test_another_target_is_told_apart(tmp_path: Path, make_request: MakeRequest,
     before = request.target.fingerprint()
     request.target.body.norm.weight.data[0] += 1
     assert request.target.fingerprint() != before
+    before = request.target.fingerprint()
+    request.target.body.layers[1].mlp.down_proj.weight.data.zero_()
+    assert request.target.fingerprint() != before
+
+
+def _opens(store: str, times: int) -> None:
+    for i in range(times):
+        with TrajectoryStore(Path(store), {"n": i}) as opened:
+            opened.add([os.getpid(), i], [1, 2])
+
+
+def test_processes_share_a_store(tmp_path: Path) -> None:
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_opens, args=(str(tmp_path), 20)) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+        assert process.exitcode == 0
+    assert all(len(TrajectoryStore(tmp_path, {"n": i})) == 3 for i in range(20))
 
 
 @pytest.mark.parametrize("damage", ["flip", "truncate", "foreign"])

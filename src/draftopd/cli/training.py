@@ -104,10 +104,10 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
             f"This rollout records no anchors, so data.anchors={anchors} finds none: use data.anchors=random or all, "
             "or rollout=speculative or decode_free."
         )
-    chosen = HydraConfig.get().runtime.choices.get("trajectories")
-    if rollout.trajectories is None and chosen != "in_process":
+    given = [o for o in HydraConfig.get().overrides.task if o.startswith("trajectories")]
+    if rollout.trajectories is None and given:
         raise ConfigError(
-            f"rollout=speculative decodes its texts itself and takes none from trajectories={chosen}: "
+            f"rollout=speculative decodes its texts itself, so {given[0]} would have no effect: "
             "use rollout=decode_free, or rollout=target for SFT."
         )
     for name, least in (("every_n_epochs", 0), ("every_n_steps", 1)):

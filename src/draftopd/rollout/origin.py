@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from draftopd.decoding.sampling import Sampling
+from draftopd.losses.chunked import CHUNK_ELEMENTS
 from draftopd.targets.target import Target
 
 if TYPE_CHECKING:
@@ -21,7 +23,6 @@ TIE = 1.0
 IMPOSSIBLE = 1e-9
 
 
-@torch.no_grad()
 def foreign_tokens(
     target: Target, texts: Sequence[Trajectory], sampling: Sampling, batch_size: int = 16
 ) -> list[list[int]]:
@@ -29,7 +30,38 @@ def foreign_tokens(
 
     At temperature 0 those more than :data:`TIE` below the best logit, else those of no probability.
     """
-    found: list[list[int]] = []
+
+    def wrong(logits: Tensor, chosen: Tensor) -> Tensor:
+        if sampling.greedy:
+            return logits.max(-1).values - logits.gather(-1, chosen[:, None])[:, 0] > TIE
+        return sampling.probabilities(logits).gather(-1, chosen[:, None])[:, 0] < IMPOSSIBLE
+
+    return [found.nonzero()[:, 0].tolist() for found in _every_token(target, texts, wrong, batch_size)]
+
+
+def excess_surprise(target: Target, texts: Sequence[Trajectory], sampling: Sampling, batch_size: int = 16) -> float:
+    """By how many nats a response token surprises the target more than its own draws would, on average.
+
+    About 0 for the target's own texts; another model's lie above. 0 at temperature 0, where
+    :func:`foreign_tokens` says it all.
+    """
+    if sampling.greedy:
+        return 0.0
+
+    def excess(logits: Tensor, chosen: Tensor) -> Tensor:
+        p = sampling.probabilities(logits)
+        log_p = p.clamp_min(IMPOSSIBLE).log()
+        return (p * log_p).sum(-1) - log_p.gather(-1, chosen[:, None])[:, 0]
+
+    return float(torch.cat(list(_every_token(target, texts, excess, batch_size))).mean())
+
+
+@torch.no_grad()
+def _every_token(
+    target: Target, texts: Sequence[Trajectory], fn: Callable[[Tensor, Tensor], Tensor], batch_size: int
+) -> Iterator[Tensor]:
+    """``fn(logits [n, vocab], tokens [n]) -> [n]`` along every response, in chunks of the vocabulary's size."""
+    chunk = max(1, CHUNK_ELEMENTS // target.vocab_size)
     for begin in range(0, len(texts), batch_size):
         batch = texts[begin : begin + batch_size]
         rows = [torch.tensor([*t.prompt, *t.response], device=target.device) for t in batch]
@@ -37,11 +69,5 @@ def foreign_tokens(
         hidden = target.read(ids, target.new_cache(ids.shape[1])).hidden
         for states, row, text in zip(hidden, rows, batch, strict=True):
             start = len(text.prompt)
-            logits = target.head.logits(states[start - 1 : len(row) - 1])
-            chosen = row[start:, None]
-            if sampling.greedy:
-                wrong = logits.max(-1).values - logits.gather(-1, chosen)[:, 0] > TIE
-            else:
-                wrong = sampling.probabilities(logits).gather(-1, chosen)[:, 0] < IMPOSSIBLE
-            found.append(wrong.nonzero()[:, 0].tolist())
-    return found
+            places = zip(states[start - 1 : len(row) - 1].split(chunk), row[start:].split(chunk), strict=True)
+            yield torch.cat([fn(target.head.logits(part), tokens) for part, tokens in places])

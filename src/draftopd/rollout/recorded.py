@@ -48,7 +48,7 @@ class RecordedTrajectories(Trajectories):
         for begin in range(0, len(request.places), ORIGIN_SAMPLE):
             places = request.places[begin : begin + ORIGIN_SAMPLE]
             batch = [t for t in (self._trajectory(order, place, request) for place in places) if t is not None]
-            self.check_origin(request, batch)
+            self.check_origin(request, batch, last=begin + ORIGIN_SAMPLE >= len(request.places))
             self.counts["read"] += len(batch)
             request.progress(len(places), sum(len(t.response) for t in batch))
             yield batch
@@ -69,9 +69,7 @@ class RecordedTrajectories(Trajectories):
         if len(prompt) > request.max_prompt_tokens:
             self.counts["prompt too long"] += 1
             return None
-        stops = (i for i, token in enumerate(response) if token in request.stop)
-        end = next(stops, len(response) - 1) + 1
-        return Trajectory(prompt, response[: min(end, request.max_new_tokens)])
+        return Trajectory.ended(prompt, response, request)
 
     def _ids(self, values: dict[str, Any], name: str, where: str, vocabulary: int) -> list[int]:
         ids = values.get(name)
@@ -167,7 +165,7 @@ class DatasetTrajectories(RecordedTrajectories):
             self.rows = load_dataset(path, name, split=split, data_files=data_files)
         except Exception as error:
             raise PromptError(
-                f"The dataset {path} could not be had ({type(error).__name__}: {str(error).splitlines()[0]}). "
+                f"The dataset {path} could not be had ({type(error).__name__} {str(error).partition(chr(10))[0]}). "
                 "Use trajectories=jsonl trajectories.path=FILE for a local copy."
             ) from error
         self.path = path

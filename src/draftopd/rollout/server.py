@@ -10,11 +10,10 @@ from __future__ import annotations
 import json
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from itertools import islice
 from typing import Any, Literal
 
 import httpx2
@@ -95,7 +94,10 @@ class ServerTrajectories(GeneratedTrajectories):
         if api_key_env is not None:
             if api_key_env not in os.environ:
                 raise ConfigError(f"The environment variable {api_key_env} (trajectories.api_key_env) is not set.")
-            self._headers["Authorization"] = f"Bearer {os.environ[api_key_env]}"
+            key = os.environ[api_key_env].strip()
+            if not (key.isascii() and key.isprintable() and key):
+                raise ConfigError(f"The environment variable {api_key_env} holds no key that a header can carry.")
+            self._headers["Authorization"] = f"Bearer {key}"
 
     def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
         """Ask for every prompt.
@@ -108,14 +110,25 @@ class ServerTrajectories(GeneratedTrajectories):
                 "A server that returns text only takes no top_k: set rollout.top_k=0, or use "
                 "trajectories.api=token_ids with vLLM or SGLang."
             )
-        used = 0
+        used, held = 0, list[Trajectory]()
         with _Line(self) as line:
-            model = self.model or self._only_model(line)
-            for answers in line.answers(lambda prompt: self._ask(line, model, request, prompt), prompts):
-                kept = self._proven(request, answers)
-                used += len(kept)
-                yield kept
-        if not used:
+            model = self.model or ("" if self.api == "sglang_generate" else self._only_model(line))
+            try:
+                for answers in line.answers(lambda prompt: self._ask(line, model, request, prompt), prompts):
+                    kept = self._proven(request, answers)
+                    used += len(kept)
+                    held += kept
+                    # Texts whose origin is still open are not handed on: what is handed on is kept for good.
+                    if self.proven_by_tokens(request) or self.check_origin(request, kept):
+                        yield held
+                        held = []
+            except ServerError:
+                if held and self.check_origin(request, [], last=True):
+                    yield held
+                raise
+        if held and self.check_origin(request, [], last=True):
+            yield held
+        if not used and not self.counts["reused"]:
             reasons = ", ".join(f"{reason}: {count}" for reason, count in self.counts.items() if count)
             raise ServerError(
                 f"None of {len(prompts)} answers of {self.root} can be used ({reasons}). Use a server that returns "
@@ -145,13 +158,16 @@ class ServerTrajectories(GeneratedTrajectories):
                 self.counts[answer.reason] += 1
             else:
                 kept.append(answer)
-        if self.api != "text" or not request.sampling.greedy:
-            self.check_origin(request, kept)
+        if not self.proven_by_tokens(request):
             return kept
         foreign = foreign_tokens(request.target, kept, request.sampling)
         if any(foreign):
             self.counts["dropped, not the target's tokens"] += sum(map(bool, foreign))
         return [text for text, wrong in zip(kept, foreign, strict=True) if not wrong]
+
+    def proven_by_tokens(self, request: Request) -> bool:
+        """Whether every token is compared with the target's own choice, so that the first few need no look."""
+        return self.api == "text" and request.sampling.greedy
 
     def _only_model(self, line: _Line) -> str:
         answer = line.send("GET", "/v1/models", None)
@@ -165,38 +181,63 @@ class ServerTrajectories(GeneratedTrajectories):
 
 
 class _Line:
-    """Connections to one server for one collection, in a ``with`` block that ends all of them."""
+    """Connections to one server for one collection, in a ``with`` block that ends all of them.
+
+    Raises:
+        ServerError: if the address is none.
+    """
 
     def __init__(self, server: ServerTrajectories) -> None:
         self.server = server
         self.over = threading.Event()
         most = httpx2.Limits(max_connections=server.concurrency, max_keepalive_connections=server.concurrency)
         patience = httpx2.Timeout(server.timeout, connect=min(10.0, server.timeout))
-        self.client = httpx2.Client(base_url=server.root, headers=server._headers, limits=most, timeout=patience)
-        self.pool = ThreadPoolExecutor(server.concurrency, thread_name_prefix="server")
+        try:
+            self.client = httpx2.Client(base_url=server.root, headers=server._headers, limits=most, timeout=patience)
+        except httpx2.InvalidURL as error:
+            raise ServerError(f"{server.root} is no address: write trajectories.url=http://HOST:PORT.") from error
 
     def __enter__(self) -> _Line:
         return self
 
     def __exit__(self, *_: object) -> None:
-        # What is still under way is of no use to anybody: do not wait for its answers or its pauses.
+        # What is still under way is of no use to anybody: its threads are left to end by themselves.
         self.over.set()
         self.client.close()
-        self.pool.shutdown(wait=True, cancel_futures=True)
 
     def answers(
         self, ask: Callable[[list[int]], Trajectory | Unproven], prompts: list[list[int]]
     ) -> Iterator[list[Trajectory | Unproven]]:
         """All answers as they arrive; the first error ends it."""
-        waiting = iter(prompts)
-        under_way: set[Future[Trajectory | Unproven]] = set()
-        while True:
-            free = 2 * self.server.concurrency - len(under_way)
-            under_way |= {self.pool.submit(ask, prompt) for prompt in islice(waiting, free)}
-            if not under_way:
-                return
-            done, under_way = wait(under_way, return_when=FIRST_COMPLETED)
-            yield [future.result() for future in done]
+        waiting: queue.SimpleQueue[list[int]] = queue.SimpleQueue()
+        arrived: queue.SimpleQueue[Trajectory | Unproven | Exception] = queue.SimpleQueue()
+
+        def work() -> None:
+            while not self.over.is_set():
+                try:
+                    prompt = waiting.get_nowait()
+                except queue.Empty:
+                    return
+                try:
+                    arrived.put(ask(prompt))
+                except Exception as error:
+                    arrived.put(error)
+
+        for prompt in prompts:
+            waiting.put(prompt)
+        for number in range(min(self.server.concurrency, len(prompts))):
+            # Daemons: a pool's threads would keep the process alive until their last answer came.
+            threading.Thread(target=work, name=f"server-{number}", daemon=True).start()
+        missing = len(prompts)
+        while missing:
+            answers = [arrived.get()]
+            while not arrived.empty():
+                answers.append(arrived.get())
+            missing -= len(answers)
+            yield [answer for answer in answers if not isinstance(answer, Exception)]
+            for answer in answers:
+                if isinstance(answer, Exception):
+                    raise answer
 
     def send(self, method: str, path: str, body: dict[str, Any] | None) -> Any:
         """The JSON object that the server answers, after as many tries as it takes.

@@ -14,6 +14,9 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.rollout.trajectories import Request, Trajectory
 
+#: What a request leaves out a server takes from the model's generation config; Qwen3's has a top_k of 20.
+_NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
+
 
 class Unproven(NamedTuple):
     """Why an answer is left out."""
@@ -38,9 +41,8 @@ def completion_body(request: Request, model: str, prompt: list[int] | str, token
     if not sampling.greedy:
         body["seed"] = _seed(request, prompt)
     if token_ids:
-        body |= {"return_token_ids": True, "stop_token_ids": sorted(request.stop)}
-        if sampling.top_k:
-            body["top_k"] = sampling.top_k
+        body |= {"return_token_ids": True, "stop_token_ids": sorted(request.stop), "top_k": sampling.top_k or -1}
+        body |= _NEUTRAL
     return body
 
 
@@ -54,6 +56,7 @@ def generate_body(request: Request, prompt: list[int]) -> dict[str, Any]:
         "top_k": sampling.top_k or -1,
         "stop_token_ids": sorted(request.stop),
         "skip_special_tokens": False,
+        **_NEUTRAL,
     }
     if not sampling.greedy:
         parameters["sampling_seed"] = _seed(request, prompt)
@@ -142,8 +145,7 @@ def _trajectory(prompt: list[int], ids: Any, finish: Any, matched: Any, request:
         return Unproven("dropped, empty")
     if not 0 <= min(ids) <= max(ids) < request.target.vocab_size:
         return Unproven("dropped, ids outside the target's vocabulary")
-    end = next((i for i, token in enumerate(ids) if token in request.stop), len(ids) - 1) + 1
-    return Trajectory(prompt, ids[: min(end, request.max_new_tokens)])
+    return Trajectory.ended(prompt, ids, request)
 
 
 def _seed(request: Request, prompt: list[int] | str) -> int:

@@ -20,13 +20,15 @@ from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
-from draftopd.rollout.origin import foreign_tokens
+from draftopd.rollout.origin import excess_surprise, foreign_tokens
 from draftopd.rollout.trajectory_store import TrajectoryStore
 from draftopd.targets.target import Target
 
 #: Texts looked at, and the share of their tokens that may differ: low precision decides near ties otherwise.
 ORIGIN_SAMPLE = 16
 MOST_FOREIGN = 0.05
+#: Nats by which tokens drawn above temperature 0 may surprise the target more than its own would, on average.
+MOST_SURPRISE = 0.5
 
 
 class Trajectory(NamedTuple):
@@ -34,6 +36,12 @@ class Trajectory(NamedTuple):
 
     prompt: list[int]
     response: list[int]
+
+    @classmethod
+    def ended(cls, prompt: list[int], response: list[int], request: Request) -> Trajectory:
+        """The text up to the response's first stop token, or the limit."""
+        end = next((i for i, token in enumerate(response) if token in request.stop), len(response) - 1) + 1
+        return cls(prompt, response[: min(end, request.max_new_tokens)])
 
 
 @dataclass(frozen=True)
@@ -75,30 +83,42 @@ class Trajectories(ABC):
     def __init__(self) -> None:
         self.counts: Counter[str] = Counter()
         self._checked = False
+        self._sample: list[Trajectory] = []
 
     @abstractmethod
     def collect(self, request: Request) -> Iterator[list[Trajectory]]:
         """The stretch's texts, batch by batch."""
 
-    def check_origin(self, request: Request, texts: list[Trajectory]) -> None:
-        """Look, once, whether the first few texts are the target's own.
+    def check_origin(self, request: Request, texts: list[Trajectory], last: bool = False) -> bool:
+        """Look, once a source, whether its first few texts are the target's own; says whether that is settled.
+
+        Args:
+            texts: some more texts; the look comes when there are enough of them.
+            last: no more will come.
 
         Raises:
             PromptError: if the target would not have produced them.
         """
-        if self._checked or not texts:
-            return
-        self._checked = True
-        sample = texts[:ORIGIN_SAMPLE]
+        if self._checked:
+            return True
+        self._sample += texts[: ORIGIN_SAMPLE - len(self._sample)]
+        if not self._sample or (len(self._sample) < ORIGIN_SAMPLE and not last):
+            return False
+        sample, self._sample, self._checked = self._sample, [], True
         foreign = sum(map(len, foreign_tokens(request.target, sample, request.sampling)))
         tokens = sum(len(t.response) for t in sample)
         self.counts["foreign tokens"] = foreign
-        if foreign > MOST_FOREIGN * tokens:
+        surprise = excess_surprise(request.target, sample, request.sampling)
+        if foreign > MOST_FOREIGN * tokens or surprise > MOST_SURPRISE:
+            average = (
+                "" if request.sampling.greedy else f" (on average {surprise:.2f} nats more than its own surprise it)"
+            )
             raise PromptError(
                 f"{foreign} of the first {tokens} recorded response tokens are not what the target would produce at "
-                f"temperature {request.sampling.temperature:g}: use texts of this target, drawn with the same "
+                f"temperature {request.sampling.temperature:g}{average}: use texts of this target, drawn with the same "
                 "temperature, top_k and top_p (rollout.*)."
             )
+        return True
 
 
 class GeneratedTrajectories(Trajectories):

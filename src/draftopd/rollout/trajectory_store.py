@@ -49,8 +49,9 @@ class TrajectoryStore:
         self._written_at = time.monotonic()
         with disk(self.directory, "The trajectory store"):
             self.directory.mkdir(parents=True, exist_ok=True)
-            with replaced(self.directory / "settings.json") as partial:
-                partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+            if not (self.directory / "settings.json").exists():
+                with replaced(self.directory / "settings.json") as partial:
+                    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
             for path in sorted(self.directory.glob("texts-*.safetensors")):
                 self._index(path)
 
