@@ -226,13 +226,12 @@ def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequ
     """Above temperature 0 no token is impossible, but on average they surprise the target."""
     plain = make_request()
     hot = make_request(sampling=Sampling(1.0))
-    with serving(engine(plain, lambda c: c | {"token_ids": [(i + 20) % 60 for i in c["token_ids"]]})) as server:
-        with pytest.raises(PromptError, match="nats more than its own"):
-            collect(source_of(server, tmp_path), hot)
+    shifted = engine(plain, lambda choice: choice | {"token_ids": [(i + 20) % 60 for i in choice["token_ids"]]})
+    with serving(shifted) as server, pytest.raises(PromptError, match="nats a token more surprising"):
+        collect(source_of(server, tmp_path), hot)
     decoder = Decoder(hot.target, None, hot.sampling, max_new_tokens=20, stop=hot.stop)
-    own = [
-        Trajectory(d.prompt, d.response) for d in decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
-    ]
+    decoded = decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
+    own = [Trajectory(d.prompt, d.response) for d in decoded]
     assert abs(excess_surprise(hot.target, own, hot.sampling)) < 0.3
 
 

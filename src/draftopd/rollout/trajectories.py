@@ -110,9 +110,7 @@ class Trajectories(ABC):
         self.counts["foreign tokens"] = foreign
         surprise = excess_surprise(request.target, sample, request.sampling)
         if foreign > MOST_FOREIGN * tokens or surprise > MOST_SURPRISE:
-            average = (
-                "" if request.sampling.greedy else f" (on average {surprise:.2f} nats more than its own surprise it)"
-            )
+            average = "" if request.sampling.greedy else f", {surprise:.2f} nats a token more surprising"
             raise PromptError(
                 f"{foreign} of the first {tokens} recorded response tokens are not what the target would produce at "
                 f"temperature {request.sampling.temperature:g}{average}: use texts of this target, drawn with the same "
