@@ -1,6 +1,7 @@
 """Time real speculative rollouts against decode-free anchors on the same prompts, and compare what they find.
 
     python benchmarks/decode_free.py
+    python benchmarks/decode_free.py --parallel-below 0
     python benchmarks/decode_free.py --target DIR --drafter DIR --prompts 64 --batch-sizes 1 16 64
 
 Each batch size decodes and walks the same prompts in turns. The texts are the target's own and are produced once
@@ -54,7 +55,9 @@ def main() -> None:
         for size in options.batch_sizes:
             few = prompts[: max(options.prompts_at_batch_1, size)] if size == 1 else prompts
             speculative = SpeculativeRollout(size, limit, options.temperature)
-            walking = DecodeFreeRollout(texts, size, limit, options.temperature)
+            walking = DecodeFreeRollout(
+                texts, size, limit, options.temperature, parallel_below=options.parallel_below
+            )  # fmt: skip
             seconds: dict[str, list[float]] = {"speculative": [], "decode_free": []}
             found: dict[str, dict[tuple[int, ...], Recorded]] = {}
             warm = few[: 2 * size]
@@ -127,6 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch-sizes", type=int, nargs="+", default=[1, 16, 64])
     parser.add_argument("--max-new-tokens", type=int, default=256)
     parser.add_argument("--temperature", type=float, default=0.0)
+    parser.add_argument("--parallel-below", type=int, default=8, help="0 only walks, a large number never does")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     return parser.parse_args()

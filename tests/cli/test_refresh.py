@@ -52,7 +52,7 @@ def test_decode_free_training_is_speculative_training(script: Script, tmp_path: 
     first, second = (weights(tmp_path / name) for name in ("speculative", "decode_free"))
     assert all(torch.equal(first[k], second[k]) for k in first)
     manifest = AnchorBuffer.latest(tmp_path / "decode_free" / "anchors").manifest
-    assert manifest.tau > 2 and manifest.step == 2
+    assert manifest.tau > 1.5 and manifest.step == 2
 
 
 @pytest.mark.slow
