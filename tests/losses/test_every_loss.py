@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from tests.decoding.test_verify import SAMPLES, Laws
-from tests.losses.test_losses import VOCAB, K, N, assert_same, make_blocks
-from torch import Tensor
+from tests.losses.test_losses import HIDDEN, VOCAB, K, N, WideHead, assert_same, identity_head, make_blocks
+from torch import Tensor, nn
 
 from draftopd.decoding.sampling import draw
 from draftopd.decoding.verify import verify_rejection
+from draftopd.losses import chunked
 from draftopd.losses.acceptance import LK, E2ETotalVariation, TotalVariation
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss, StreamLoss, Teacher
@@ -22,6 +24,7 @@ from draftopd.losses.cross_entropy import CrossEntropy, DPace
 from draftopd.losses.divergence import jensen_shannon, k3, keep_top_k, log_overlap, overlap, two_outcome_kl
 from draftopd.losses.kl import JSD, ForwardKL, ReverseKL
 from draftopd.losses.sampled_kl import SampledKL
+from draftopd.targets.head import Vocabulary
 
 Law = Tensor
 SlotValue = Callable[[Law, Law, int, int], Tensor]  # p, q, proposal, label
@@ -32,7 +35,7 @@ def total(terms: list[Tensor]) -> Tensor:
 
 
 def kl(p: Law, q: Law) -> Tensor:
-    return total([p[v] * (p[v] / q[v]).log() for v in range(VOCAB)])
+    return total([p[v] * (p[v] / q[v]).log() for v in range(len(p))])
 
 
 def jsd(p: Law, q: Law, beta: float) -> Tensor:
@@ -41,7 +44,7 @@ def jsd(p: Law, q: Law, beta: float) -> Tensor:
 
 
 def alpha(p: Law, q: Law) -> Tensor:
-    return total([torch.minimum(p[v], q[v]) for v in range(VOCAB)])
+    return total([torch.minimum(p[v], q[v]) for v in range(len(p))])
 
 
 def floored(p: Law, token: int) -> Tensor:
@@ -80,6 +83,8 @@ CASES: dict[str, tuple[Callable[..., StreamLoss], SlotValue, SlotValue]] = {
     "cross_entropy": (CrossEntropy, lambda p, q, d, y: -q[y].log(), lambda p, q, d, y: -q[y].log()),
     "d_pace": (DPace, lambda p, q, d, y: -q[y].log(), lambda p, q, d, y: -q[y].log()),
 }
+#: Losses for which the target's law is not renormalised over the drafter's vocabulary.
+ACCEPTANCE = ("total_variation", "lk_log", "sampled_kl")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"gamma": 0.6},
@@ -106,7 +111,9 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
     hard = name in ("cross_entropy", "d_pace")
     _, accepted_value, rejected_value = CASES[name]
     student = blocks.head.logits(blocks.student).softmax(-1)
-    teacher = blocks.head.logits(blocks.teacher)
+    teacher = blocks.teacher_logits(blocks.teacher)
+    vocabulary = blocks.head.vocabulary
+    row_of = {v: r for r, v in enumerate(vocabulary.ids.tolist() if vocabulary else range(VOCAB))}
     temperature, top_k = options.get("teacher_temperature", 1.0), options.get("teacher_top_k")
     gamma = options.get("gamma", 0.8 if name in ("asymmetric_kl", "sampled_kl") else 1.0)
     streams: list[list[tuple[Tensor, float, tuple[int, int]]]] = [[], []]
@@ -116,10 +123,15 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             usable = bool(blocks.recorded[i, k - 1]) if hard else bool(blocks.valid[i, k - 1])
             if name == "sampled_kl":
                 usable = usable and bool(blocks.recorded[i, k - 1])
+            if hard or name == "sampled_kl":
+                usable = usable and int(blocks.labels[i, k - 1]) in row_of
             if not usable:
                 continue
             p, q = slow_teacher(teacher[i, k - 1], temperature, top_k), student[i, k - 1]
-            d, y = int(blocks.proposals[i, k - 1]), int(blocks.labels[i, k - 1])
+            p = p[list(row_of)]
+            if name not in ACCEPTANCE:
+                p = p / p.sum()
+            d, y = (row_of.get(int(t[i, k - 1]), -1) for t in (blocks.proposals, blocks.labels))
             decays = [1.0, gamma ** (k - 1)] if name in ("asymmetric_kl", "sampled_kl") else [gamma ** (k - 1)] * 2
             if hard:
                 constant = options.get("gamma", 1 + 0.375 * (K + 1) if name == "cross_entropy" else None)
@@ -139,7 +151,7 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             for j in range(1, K + 1):
                 if (i, j) not in counted:
                     continue
-                reach *= 0.5 * float(student[i, j - 1, blocks.labels[i, j - 1]].detach()) + 0.5
+                reach *= 0.5 * float(student[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) + 0.5
                 value += reach if j >= k else 0.0
             return value
 
@@ -171,6 +183,44 @@ def test_value_and_gradient(name: str, options: dict[str, Any], normalization: s
     blocks = make_blocks()
     loss = CASES[name][0](**options, normalization=normalization)
     assert_same(loss, blocks, slow(name, loss, blocks, options, normalization))
+
+
+def reduced_blocks() -> Blocks:
+    """A drafter with an LM head of its own, which learns too and lacks a third of the tokens."""
+    blocks = make_blocks()
+    inside = torch.arange(VOCAB) % 3 != 1
+    ids = inside.nonzero()[:, 0]
+    generator = torch.Generator().manual_seed(9)
+    module = nn.Linear(HIDDEN, len(ids), bias=False, dtype=torch.float64)
+    module.weight.data.normal_(generator=generator)
+    head = WideHead(module)
+    head.vocabulary = Vocabulary(inside)
+    return replace(blocks, head=head, teacher_head=blocks.head, proposals=ids[blocks.proposals % len(ids)])
+
+
+@pytest.mark.parametrize("chunk", [1, 2**24])
+@pytest.mark.parametrize("name", CASES)
+def test_a_reduced_vocabulary_and_a_head_that_learns(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    blocks = reduced_blocks()
+    loss = CASES[name][0]()
+    expected = slow(name, loss, blocks, {}, loss.normalization)
+    both = (blocks.student, blocks.head.weight)
+    wanted = torch.autograd.grad(expected, both)
+    value = loss(blocks).loss
+    found = torch.autograd.grad(value, both)
+    torch.testing.assert_close(value.double(), expected, rtol=1e-5, atol=1e-6)
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)
+
+
+def test_the_expected_length_counts_the_mass_outside_the_vocabulary_as_rejected() -> None:
+    blocks = reduced_blocks()
+    ids = blocks.head.vocabulary.ids
+    p, q = blocks.teacher_logits(blocks.teacher).softmax(-1)[..., ids], blocks.head.logits(blocks.student).softmax(-1)
+    shared = torch.minimum(p, q).sum(-1) * blocks.valid
+    expected = -shared.cumprod(-1).sum(-1).mean()
+    torch.testing.assert_close(E2ETotalVariation()(blocks).loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def slow_hybrid(blocks: Blocks, scale: float, decay: float) -> Tensor:
@@ -213,23 +263,19 @@ def test_e2e_tv_is_the_expected_accepted_length_of_real_rejection_sampling() -> 
     proposals, q, p = laws.propose(SAMPLES, lambda probs: draw(probs, laws.generator))
     accepted = verify_rejection(proposals, q, p, laws.generator).accepted.double()
 
-    class LogHead:
-        softcap = None
-        weight = torch.eye(laws.p[0].shape[-1])
-
-        def logits(self, hidden: Tensor) -> Tensor:
-            return hidden
-
     one = Blocks(
-        student=q[:1].log().clamp_min(-1e4), teacher=p[:1, :3].log().clamp_min(-1e4), head=LogHead(),
-        proposals=proposals[:1], labels=proposals[:1], accepted=torch.tensor([3]),
+        student=q[:1].log().clamp_min(-1e4), teacher=p[:1, :3].log().clamp_min(-1e4),
+        head=identity_head(laws.p[0].shape[-1]), proposals=proposals[:1],
+        labels=proposals[:1], accepted=torch.tensor([3]),
         valid=torch.ones(1, 3, dtype=torch.bool), recorded=torch.ones(1, 3, dtype=torch.bool),
     )  # fmt: skip
     expected = -float(E2ETotalVariation()(one).loss)
     error = float(accepted.std()) / SAMPLES**0.5
     assert abs(float(accepted.mean()) - expected) < 4 * error < 0.02 * expected
     # Slots alone do not give it: the sum of the rates is another number.
-    assert abs(float(accepted.mean()) - float(overlap(one.student[0], one.teacher[0]).sum())) > 20 * error
+    assert (
+        abs(float(accepted.mean()) - float(overlap(one.student[0], one.teacher[0].log_softmax(-1)).sum())) > 20 * error
+    )
 
 
 def test_top_k_keeps_the_mass_and_reports_what_it_spread() -> None:
@@ -260,6 +306,7 @@ def test_estimates_have_the_divergences_as_their_mean() -> None:
 def test_jsd_lies_between_its_ends() -> None:
     s, t = torch.randn(7, VOCAB, dtype=torch.float64), torch.randn(7, VOCAB, dtype=torch.float64)
     p, q = t.softmax(-1), s.softmax(-1)
+    t = t.log_softmax(-1)
     small = jensen_shannon(s, t, 1e-6) / 1e-6
     torch.testing.assert_close(small, torch.stack([kl(p[i], q[i]) for i in range(7)]), rtol=1e-4, atol=1e-5)
     assert (jensen_shannon(s, t, 0.5) < math.log(2)).all()
@@ -281,16 +328,9 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
     shapes["elsewhere"] = torch.zeros(N, K, VOCAB)
     shapes["elsewhere"][..., 4] = 1e4
 
-    class Identity:
-        softcap = None
-        weight = torch.eye(VOCAB)
-
-        def logits(self, hidden: Tensor) -> Tensor:
-            return hidden
-
     base = make_blocks(double=False)
     states = shapes[student].clone().requires_grad_()
-    blocks = Blocks(**{**base.__dict__, "student": states, "teacher": shapes[teacher], "head": Identity()})
+    blocks = Blocks(**{**base.__dict__, "student": states, "teacher": shapes[teacher], "head": identity_head(VOCAB)})
     value = build()(blocks).loss
     value.backward()
     assert value.isfinite() and states.grad is not None and states.grad.isfinite().all()
@@ -298,7 +338,7 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None:
-    s, t = torch.randn(9, VOCAB).to(dtype).float(), torch.randn(9, VOCAB).to(dtype).float()
+    s, t = torch.randn(9, VOCAB).to(dtype).float(), torch.randn(9, VOCAB).to(dtype).float().log_softmax(-1)
     torch.testing.assert_close(log_overlap(s, t).exp(), overlap(s, t))
 
 
@@ -317,21 +357,10 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
         lambda: Teacher(top_k=0),
         lambda: TotalVariation(normalization="slot"),  # type: ignore[arg-type]
         lambda: CrossEntropy(accepted_weight=0.0, rejected_weight=0.0),
+        lambda: ForwardKL(teacher_on="nothing"),  # type: ignore[arg-type]
+        lambda: E2ETotalVariation(teacher_on="nothing"),  # type: ignore[arg-type]
     ],
 )
 def test_wrong_options_are_refused(build: Callable[[], Loss]) -> None:
     with pytest.raises(ValueError, match="found"):
         build()
-
-
-def test_blocks_judged_by_the_recorded_tokens() -> None:
-    """What a scored replay comes to where only recorded tokens may decide."""
-    blocks = make_blocks()
-    agreeing = Blocks(**{**blocks.__dict__, "proposals": blocks.labels.clone()})
-    agreeing.proposals[0, 1] += 1
-    judged = agreeing.against_recorded(until_fail=False)
-    assert judged.accepted.tolist() == [1, 5, 5, 5, 2, 5]  # block 4 has two recorded tokens
-    assert torch.equal(judged.valid, blocks.valid)
-    scoped = agreeing.against_recorded(until_fail=True)
-    assert scoped.valid[0].tolist() == [True, True, False, False, False]
-    assert scoped.valid[4].tolist() == [True, True, False, False, False]

@@ -59,6 +59,13 @@ def make_blocks(accepted: list[int] | None = None, softcap: float | None = None,
     )
 
 
+def identity_head(size: int) -> LMHead:
+    """A frozen head whose states are the logits themselves."""
+    module = nn.Linear(size, size, bias=False).requires_grad_(False)
+    module.weight.copy_(torch.eye(size))
+    return LMHead(module)
+
+
 def laws(blocks: Blocks, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
     """p (at this temperature) and q of every slot, with plain softmax."""
     assert blocks.teacher is not None
@@ -223,7 +230,9 @@ def test_gradcheck() -> None:
     teacher = blocks.teacher.flatten(0, 1)[:4]
 
     def values(student: Tensor) -> Tensor:
-        return per_slot(lambda s, t: reverse_kl(s, blocks.head.logits(t)), student, blocks.head, teacher, chunk=3)
+        return per_slot(
+            lambda s, t: reverse_kl(s, blocks.head.logits(t).log_softmax(-1)), student, blocks.head, teacher, chunk=3
+        )
 
     jacobian = torch.autograd.functional.jacobian(values, states)
     step = 1e-6
@@ -231,8 +240,8 @@ def test_gradcheck() -> None:
         moved = states.detach().clone()
         moved[i, j] += step
         # Values are float32; differences are taken of the float64 function itself.
-        before = reverse_kl(blocks.head.logits(states.detach()), blocks.head.logits(teacher))
-        after = reverse_kl(blocks.head.logits(moved), blocks.head.logits(teacher))
+        before = reverse_kl(blocks.head.logits(states.detach()), blocks.head.logits(teacher).log_softmax(-1))
+        after = reverse_kl(blocks.head.logits(moved), blocks.head.logits(teacher).log_softmax(-1))
         torch.testing.assert_close(jacobian[:, i, j].double(), (after - before) / step, rtol=1e-3, atol=1e-5)
 
 
@@ -247,7 +256,7 @@ def test_no_gradient_when_none_is_wanted() -> None:
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_extreme_logits_stay_finite(divergence, scale: float) -> None:
     student = (torch.randn(8, 16) * scale).requires_grad_()
-    teacher = torch.randn(8, 16) * scale
+    teacher = (torch.randn(8, 16) * scale).log_softmax(-1)
     value = divergence(student, teacher)
     value.sum().backward()
     assert value.isfinite().all() and (value > -1e-3).all()
@@ -297,7 +306,7 @@ def test_best_tokens() -> None:
 
 
 def test_liger_is_left_alone_on_a_cpu() -> None:
-    assert not liger.fits(torch.zeros(2, 2))
+    assert not liger.fits(torch.zeros(2, 2), make_blocks().head)
 
 
 def test_liger_cross_entropy_interpreted(tmp_path) -> None:

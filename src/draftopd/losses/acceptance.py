@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher
+from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher, TeacherOn, on_recorded
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, log_overlap, overlap
 from draftopd.losses.weighting import power_decay
@@ -15,6 +15,8 @@ from draftopd.losses.weighting import power_decay
 
 class TotalVariation(SlotLoss):
     """``1 - alpha`` on every slot (DistillSpec, arXiv 2310.08461)."""
+
+    renormalize = False
 
     def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
         return 1 - overlap(student_logits, teacher_logits)
@@ -33,6 +35,8 @@ class LK(SlotLoss):
     Raises:
         ValueError: for another kind, or numbers outside their range.
     """
+
+    renormalize = False
 
     def __init__(
         self, kind: Literal["hybrid", "log"] = "hybrid", kl_scale: float = 1.0, kl_decay: float = 3.0, **options: Any
@@ -71,7 +75,7 @@ class E2ETotalVariation(Loss):
     Args:
         gamma: weighs late slots less; 1 is the expected accepted length itself.
         accept_until_fail: sum only up to the first rejected slot.
-        teacher_temperature, teacher_top_k: see :class:`~draftopd.losses.base.Teacher`.
+        teacher_temperature, teacher_top_k, teacher_on: see :class:`~draftopd.losses.base.DistilledLoss`.
 
     Raises:
         ValueError: if gamma lies outside (0, 1].
@@ -83,12 +87,15 @@ class E2ETotalVariation(Loss):
         accept_until_fail: bool = False,
         teacher_temperature: float = 1.0,
         teacher_top_k: int | None = None,
+        teacher_on: TeacherOn = "proposals",
     ) -> None:
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
         self.gamma, self.accept_until_fail = gamma, accept_until_fail
-        self.target = Teacher(teacher_temperature, teacher_top_k)
+        self.target = Teacher(teacher_temperature, teacher_top_k, renormalize=False)
         self.teacher = "until_fail" if accept_until_fail else "proposals"
+        if on_recorded(teacher_on):
+            self.teacher = "recorded"
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         used = blocks.valid & blocks.until_fail() if self.accept_until_fail else blocks.valid

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from draftopd.losses.base import DistilledLoss, Normalization, Stream
+from draftopd.losses.base import DistilledLoss, Normalization, Stream, TeacherOn
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, reverse_kl
 
@@ -17,7 +17,7 @@ class AsymmetricKL(DistilledLoss):
         accepted_gamma: the same for the accepted stream; the paper's is 1.
         accepted_weight, rejected_weight, include_correction, accept_until_fail, normalization: see
             :class:`~draftopd.losses.base.StreamLoss`.
-        teacher_temperature, teacher_top_k: see :class:`~draftopd.losses.base.Teacher`.
+        teacher_temperature, teacher_top_k, teacher_on: see :class:`~draftopd.losses.base.DistilledLoss`.
     """
 
     same_on_both = False
@@ -33,10 +33,11 @@ class AsymmetricKL(DistilledLoss):
         teacher_temperature: float = 1.0,
         normalization: Normalization = "stream",
         teacher_top_k: int | None = None,
+        teacher_on: TeacherOn = "proposals",
     ) -> None:
         super().__init__(
             gamma, accept_until_fail, teacher_temperature, accepted_gamma, accepted_weight, rejected_weight,
-            include_correction, normalization, teacher_top_k,
+            include_correction, normalization, teacher_top_k, teacher_on,
         )  # fmt: skip
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:

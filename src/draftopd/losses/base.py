@@ -22,8 +22,13 @@ class LossOutput(NamedTuple):
 
 
 #: Which of the target's states a loss needs: on the drafter's own tokens in every slot; up to the first
-#: rejection only, where own and recorded tokens are the same (at temperature 0); or none.
-TeacherScope = Literal["proposals", "until_fail", "none"]
+#: rejection only, where own and recorded tokens are the same (at temperature 0); on the recorded tokens in every
+#: slot that has one; or none.
+TeacherScope = Literal["proposals", "until_fail", "recorded", "none"]
+
+#: The text that the target is asked on: the drafter's own tokens, or the recorded ones as in SFT, which needs no
+#: second pass of the target.
+TeacherOn = Literal["proposals", "recorded"]
 
 #: ``stream``: each stream is averaged by itself, then both by their weights; ``token``: all slots jointly.
 Normalization = Literal["stream", "token"]
@@ -138,6 +143,17 @@ class StreamLoss(Loss):
         return LossOutput(loss, {name: mean.detach() for name, mean in zip(get_args(Stream), means, strict=True)})
 
 
+def on_recorded(teacher_on: TeacherOn) -> bool:
+    """Whether the target is asked on the recorded text.
+
+    Raises:
+        ValueError: if it is neither of :data:`TeacherOn`.
+    """
+    if teacher_on not in get_args(TeacherOn):
+        raise ValueError(f"teacher_on must be 'proposals' or 'recorded', found {teacher_on!r}.")
+    return teacher_on == "recorded"
+
+
 class Teacher:
     """How the target's distribution is shown to the drafter.
 
@@ -146,22 +162,27 @@ class Teacher:
             the nearer to its argmax, which is what decoding at temperature 0 accepts.
         top_k: keep only the target's ``k`` most likely tokens and spread what is left evenly over the others, as
             where an engine gives no more; None keeps the whole distribution.
+        renormalize: renormalise the target's law over the drafter's vocabulary, where that is smaller: a divergence
+            needs it, an acceptance rate must not.
 
     Raises:
         ValueError: if a number lies outside its range.
     """
 
-    def __init__(self, temperature: float = 1.0, top_k: int | None = None) -> None:
+    def __init__(self, temperature: float = 1.0, top_k: int | None = None, renormalize: bool = True) -> None:
         if not temperature > 0:
             raise ValueError(f"teacher_temperature must be above 0, found {temperature}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"teacher_top_k must be 1 or more, or null, found {top_k}.")
-        self.temperature, self.top_k = temperature, top_k
+        self.temperature, self.top_k, self.renormalize = temperature, top_k, renormalize
         self._spread = torch.zeros(())
         self._slots = 0
+        self._counting = False
 
     def compare(self, fn: SlotFunction, blocks: Blocks, used: Tensor, *extras: Tensor) -> Tensor:
-        """``fn(student_logits, teacher_logits, *extras)`` at the slots where ``used [N, K]`` is True: ``[n]``.
+        """``fn(student_logits, log_p, *extras)`` at the slots where ``used [N, K]`` is True: ``[n]``.
+
+        ``log_p`` are the target's log-probabilities of the tokens that the drafter's head has.
 
         Args:
             extras: ``[N, K]`` each, handed on slot by slot.
@@ -175,14 +196,22 @@ class Teacher:
 
         def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
             with torch.no_grad():
-                logits = head.logits(states) / self.temperature
+                log_p = (blocks.teacher_logits(states) / self.temperature).log_softmax(-1)
                 if self.top_k is not None:
-                    logits, mass = keep_top_k(logits, self.top_k)
-                    self._spread = self._spread.to(mass) + mass.sum()
-                    self._slots += len(mass)
-            return fn(student_logits, logits, *more)
+                    log_p, mass = keep_top_k(log_p, self.top_k)
+                    if self._counting:
+                        self._spread = self._spread.to(mass) + mass.sum()
+                        self._slots += len(mass)
+                kept = head.restrict(log_p)
+                if self.renormalize and kept.shape != log_p.shape:
+                    kept = kept.log_softmax(-1)
+            return fn(student_logits, kept, *more)
 
-        return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
+        self._counting = True  # and not where a backward pass computes the chunks again
+        try:
+            return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
+        finally:
+            self._counting = False
 
     def report(self) -> dict[str, Tensor]:
         """The approximation's error since the last report: the mean mass outside the top k."""
@@ -200,7 +229,14 @@ class DistilledLoss(StreamLoss):
         gamma, accept_until_fail, accepted_gamma, accepted_weight, rejected_weight, include_correction,
             normalization: see :class:`StreamLoss`.
         teacher_temperature, teacher_top_k: see :class:`Teacher`.
+        teacher_on: see :data:`TeacherOn`.
+
+    Raises:
+        ValueError: if ``teacher_on`` is neither.
     """
+
+    #: See :class:`Teacher`.
+    renormalize = True
 
     def __init__(
         self,
@@ -213,12 +249,15 @@ class DistilledLoss(StreamLoss):
         include_correction: bool = False,
         normalization: Normalization = "token",
         teacher_top_k: int | None = None,
+        teacher_on: TeacherOn = "proposals",
     ) -> None:
         super().__init__(
             gamma, accepted_gamma, accepted_weight, rejected_weight, include_correction, accept_until_fail,
             normalization,
         )  # fmt: skip
-        self.target = Teacher(teacher_temperature, teacher_top_k)
+        self.target = Teacher(teacher_temperature, teacher_top_k, self.renormalize)
+        if on_recorded(teacher_on):
+            self.teacher = "recorded"
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         loss, parts = super().__call__(blocks)
@@ -230,7 +269,7 @@ class SlotLoss(DistilledLoss):
 
     @abstractmethod
     def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        """``[n, vocab], [n, vocab] -> [n]``, differentiable in the first."""
+        """``[n, vocab], [n, vocab] -> [n]``, differentiable in the first; the second are log-probabilities."""
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         return self.target.compare(self.slot, blocks, used)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -10,7 +10,7 @@ from torch import Tensor
 
 
 class Head(Protocol):
-    """The frozen LM head shared by drafter and target; ``softcap`` bounds the logits where set."""
+    """An LM head, over the target's vocabulary or a part of it; ``softcap`` bounds the logits where set."""
 
     softcap: float | None
 
@@ -18,7 +18,19 @@ class Head(Protocol):
     def weight(self) -> Tensor: ...
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., hidden] -> [..., vocab]`` in float32."""
+        """``[..., hidden] -> [..., size]`` in float32."""
+        ...
+
+    def restrict(self, log_probs: Tensor) -> Tensor:
+        """The columns of ``[..., vocab]`` that this head has, ``[..., size]``."""
+        ...
+
+    def covers(self, tokens: Tensor) -> Tensor:
+        """Which tokens ``[...]`` it can give."""
+        ...
+
+    def row_of(self, tokens: Tensor) -> Tensor:
+        """The place ``[...]`` of each token ``[...]`` among its logits."""
         ...
 
 
@@ -32,12 +44,14 @@ class Blocks:
         student: ``[N, K, hidden]`` the drafter's states, carrying gradients.
         teacher: ``[N, K, hidden]`` the target's states on the drafter's own tokens, or None where the
             loss needs none.
-        head: maps both to logits.
+        head: maps the drafter's states to logits; the target's own where the drafter has none.
         proposals: ``[N, K]`` the drafter's tokens.
         labels: ``[N, K]`` the recorded tokens.
         accepted: ``[N]`` accepted lengths, 0..K.
-        valid: ``[N, K]`` slots up to the end of the drafted text (its first stop token).
+        valid: ``[N, K]`` slots up to the end of the drafted text (its first stop token) where the drafter's
+            vocabulary has the token that the target would take.
         recorded: ``[N, K]`` slots that have a recorded token.
+        teacher_head: maps the target's states to logits; None: ``head`` does.
     """
 
     student: Tensor
@@ -48,6 +62,7 @@ class Blocks:
     accepted: Tensor
     valid: Tensor
     recorded: Tensor
+    teacher_head: Head | None = None
 
     @property
     def slots(self) -> Tensor:
@@ -62,17 +77,9 @@ class Blocks:
         """``[N, K]`` True at slots n + 1..K."""
         return self.slots >= self.accepted[:, None]
 
-    def against_recorded(self, until_fail: bool) -> Blocks:
-        """The same blocks judged by the recorded tokens alone, as where the target has not scored the drafter's own.
-
-        Args:
-            until_fail: only slots count that have a recorded token and lie no further than the first rejection.
-        """
-        same = (self.proposals == self.labels) & self.recorded
-        judged = replace(self, accepted=same.long().cumprod(-1).sum(-1))
-        if not until_fail:
-            return judged
-        return replace(judged, valid=self.valid & self.recorded & judged.until_fail())
+    def teacher_logits(self, states: Tensor) -> Tensor:
+        """The target's logits ``[..., vocab]`` at its states ``[..., hidden]``."""
+        return (self.teacher_head or self.head).logits(states)
 
     def until_fail(self) -> Tensor:
         """``[N, K]`` True up to and including the first rejected slot (Spec-AUF, arXiv 2607.01893)."""

@@ -1,7 +1,8 @@
 """Per-slot losses over the full vocabulary without ever holding ``[positions, vocabulary]``.
 
-Value and gradient are computed together, chunk by chunk; what stays is the value ``[n]`` and the
-gradient with respect to the drafter's states ``[n, hidden]``. The head is frozen and gets none.
+Under a frozen head value and gradient are computed together, chunk by chunk; what stays is the value ``[n]``
+and the gradient with respect to the drafter's states ``[n, hidden]``. Under a head that learns too the chunks
+are computed again on the way back.
 """
 
 from __future__ import annotations
@@ -11,8 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from draftopd.losses.blocks import Head
+from draftopd.targets.head import LMHead
 
 #: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]`` or ``[n, m]``, differentiable in its first argument.
 SlotFunction = Callable[..., Tensor]
@@ -27,12 +30,19 @@ def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chu
     Args:
         fn: the values of one slot from its logits; slots must not mix.
         student: ``[n, hidden]``; receives the gradient.
-        head: the frozen LM head.
+        head: the drafter's LM head; receives the gradient too unless it is frozen.
         extras: tensors ``[n, ...]`` handed to ``fn`` with the logits; they get no gradient.
         chunk: slots at once; default as many as :data:`CHUNK_ELEMENTS` allows.
     """
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+    if head.weight.requires_grad and torch.is_grad_enabled():
+
+        def values(states: Tensor, *more: Tensor) -> Tensor:
+            return fn(head.logits(states), *more).float()
+
+        parts = zip(*(t.split(chunk) for t in (student, *extras)), strict=True)
+        return torch.cat([checkpoint(values, *part, use_reentrant=False) for part in parts])
     result: Tensor = _PerSlot.apply(student, fn, head, chunk, *extras)
     return result
 
@@ -64,10 +74,10 @@ class _PerSlot(torch.autograd.Function):
         return ((gradient * outer[..., None].to(gradient.dtype)).sum(1), *[None] * (3 + ctx.extras))
 
 
-def best_tokens(hidden: Tensor, head: Head, chunk: int | None = None) -> Tensor:
-    """The head's argmax token ``[...]`` at every state ``[..., hidden]``, in chunks."""
+def best_tokens(hidden: Tensor, head: LMHead, chunk: int | None = None) -> Tensor:
+    """The head's most likely token ``[...]`` at every state ``[..., hidden]``, in chunks."""
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     flat = hidden.detach().flatten(0, -2)
     with torch.no_grad():
-        return torch.cat([head.logits(part).argmax(-1) for part in flat.split(chunk)]).view(hidden.shape[:-1])
+        return torch.cat([head.best_tokens(part) for part in flat.split(chunk)]).view(hidden.shape[:-1])

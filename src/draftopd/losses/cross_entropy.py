@@ -49,13 +49,14 @@ class CrossEntropy(StreamLoss):
         return exponential_decay(slots, self.gamma or cross_entropy_gamma(slots + 1))
 
     def usable(self, blocks: Blocks) -> Tensor:
-        return blocks.recorded
+        return blocks.recorded & blocks.head.covers(blocks.labels)
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         student, labels = blocks.student[used], blocks.labels[used]
-        if liger.fits(student):
-            return liger.cross_entropy(student, blocks.head, labels)
-        return per_slot(_cross_entropy, student, blocks.head, labels)
+        rows = blocks.head.row_of(labels)
+        if liger.fits(student, blocks.head):
+            return liger.cross_entropy(student, blocks.head, rows)
+        return per_slot(_cross_entropy, student, blocks.head, rows)
 
 
 class DPace(CrossEntropy):
@@ -86,5 +87,5 @@ class DPace(CrossEntropy):
         return expected_length_share(torch.exp(-values), used, self.smoothing)
 
 
-def _cross_entropy(student_logits: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(student_logits, labels, reduction="none")
+def _cross_entropy(student_logits: Tensor, rows: Tensor) -> Tensor:
+    return F.cross_entropy(student_logits, rows, reduction="none")

@@ -20,9 +20,9 @@ def installed() -> bool:
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
-def fits(student: Tensor) -> bool:
-    """Whether the fused kernel can take these states."""
-    return student.is_cuda and installed()
+def fits(student: Tensor, head: Head) -> bool:
+    """Whether the fused kernel can take these states: it wants a frozen head."""
+    return student.is_cuda and installed() and not head.weight.requires_grad
 
 
 def cross_entropy(student: Tensor, head: Head, labels: Tensor) -> Tensor:

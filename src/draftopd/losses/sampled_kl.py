@@ -28,6 +28,7 @@ class SampledKL(DistilledLoss):
     """
 
     same_on_both = False
+    renormalize = False
 
     def __init__(self, floor: float = -10.0, most: float = 10.0, gamma: float = 0.8, **options: Any) -> None:
         options.setdefault("accepted_gamma", 1.0)
@@ -38,7 +39,7 @@ class SampledKL(DistilledLoss):
 
     def usable(self, blocks: Blocks) -> Tensor:
         # The emitted token of the accepted stream must be recorded.
-        return blocks.valid & blocks.recorded
+        return blocks.valid & blocks.recorded & blocks.head.covers(blocks.labels)
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         estimate = two_outcome_kl if stream == "accepted" else k3
@@ -47,11 +48,11 @@ class SampledKL(DistilledLoss):
             # An accepted proposal was emitted; at the correction slot the recorded token was (at temperature 0).
             tokens = torch.where(blocks.slots < blocks.accepted[:, None], blocks.proposals, blocks.labels)
 
-        def slot(student_logits: Tensor, teacher_logits: Tensor, token: Tensor) -> Tensor:
+        def slot(student_logits: Tensor, teacher_log_probs: Tensor, row: Tensor) -> Tensor:
             log_p, log_q = (
-                logits.log_softmax(-1).gather(-1, token[:, None])[:, 0].clamp_min(self.floor)
-                for logits in (teacher_logits, student_logits)
+                log_probs.gather(-1, row[:, None])[:, 0].clamp_min(self.floor)
+                for log_probs in (teacher_log_probs, student_logits.log_softmax(-1))
             )
             return estimate(log_p, log_q).clamp_max(self.most)
 
-        return self.target.compare(slot, blocks, used, tokens)
+        return self.target.compare(slot, blocks, used, blocks.head.row_of(tokens))

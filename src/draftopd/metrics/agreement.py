@@ -29,13 +29,14 @@ def slot_agreement(blocks: Blocks) -> SlotAgreement:
     if blocks.teacher is None:
         raise ValueError("The blocks carry no teacher states: replay with teacher='proposals'.")
     student, teacher = blocks.student.detach().flatten(0, 1), blocks.teacher.flatten(0, 1)
-    chunk = max(1, CHUNK_ELEMENTS // blocks.head.weight.shape[0])
+    chunk = max(1, CHUNK_ELEMENTS // (blocks.teacher_head or blocks.head).weight.shape[0])
     parts = []
     with torch.no_grad():
         for s, t in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.head.logits(t).log_softmax(-1)
+            log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.teacher_logits(t).log_softmax(-1)
             q, p = log_q.exp(), log_p.exp()
-            parts.append(torch.stack([torch.minimum(p, q).sum(-1), -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
+            shared = torch.minimum(blocks.head.restrict(p), q).sum(-1)
+            parts.append(torch.stack([shared, -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
     return SlotAgreement(*torch.cat(parts, dim=1).view(3, *blocks.proposals.shape))
 
 

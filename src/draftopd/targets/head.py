@@ -1,4 +1,4 @@
-"""The target's LM head, shared with the drafter and frozen."""
+"""LM heads: from hidden states to logits, over the target's vocabulary or a part of it."""
 
 from __future__ import annotations
 
@@ -10,13 +10,14 @@ class LMHead:
     """Hidden states to logits.
 
     Args:
-        module: the output embedding, ``weight [vocab, hidden]``; never trained.
+        module: the output embedding, ``weight [size, hidden]``.
         softcap: logits pass through ``softcap * tanh(logits / softcap)`` where set (Gemma).
+        vocabulary: the target's tokens that the rows stand for; None: all of them.
     """
 
-    def __init__(self, module: nn.Module, softcap: float | None = None) -> None:
+    def __init__(self, module: nn.Module, softcap: float | None = None, vocabulary: Vocabulary | None = None) -> None:
         self._module = module
-        self.softcap = softcap
+        self.softcap, self.vocabulary = softcap, vocabulary
 
     @property
     def weight(self) -> Tensor:
@@ -25,6 +26,51 @@ class LMHead:
         return weight
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """``[..., hidden] -> [..., vocab]`` in float32."""
+        """``[..., hidden] -> [..., size]`` in float32."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def target_logits(self, hidden: Tensor) -> Tensor:
+        """``[..., hidden] -> [..., vocab]`` over the target's whole vocabulary, ``-inf`` at tokens without a row."""
+        logits = self.logits(hidden)
+        return logits if self.vocabulary is None else self.vocabulary.spread(logits)
+
+    def best_tokens(self, hidden: Tensor) -> Tensor:
+        """The most likely token ``[...]`` at each state ``[..., hidden]``."""
+        best = self.logits(hidden).argmax(-1)
+        return best if self.vocabulary is None else self.vocabulary.ids[best]
+
+    def restrict(self, log_probs: Tensor) -> Tensor:
+        """The columns of ``[..., vocab]`` that have a row, ``[..., size]``."""
+        return log_probs if self.vocabulary is None else log_probs[..., self.vocabulary.ids]
+
+    def covers(self, tokens: Tensor) -> Tensor:
+        """Which tokens ``[...]`` have a row."""
+        if self.vocabulary is None:
+            return torch.ones_like(tokens, dtype=torch.bool)
+        return self.vocabulary.inside[tokens]
+
+    def row_of(self, tokens: Tensor) -> Tensor:
+        """The row ``[...]`` of each token ``[...]``; where it has none, any."""
+        return tokens if self.vocabulary is None else self.vocabulary.rows[tokens]
+
+
+class Vocabulary:
+    """A part of the target's vocabulary.
+
+    Args:
+        inside: bool ``[vocab]``, True at its tokens.
+    """
+
+    def __init__(self, inside: Tensor) -> None:
+        self.inside = inside
+        #: ``[size]`` token ids, ascending.
+        self.ids = inside.nonzero()[:, 0]
+        #: ``[vocab]`` the row of each token.
+        self.rows = (inside.long().cumsum(0) - 1).clamp_min(0)
+
+    def spread(self, logits: Tensor) -> Tensor:
+        """``[..., size] -> [..., vocab]``, ``-inf`` outside."""
+        whole = logits.new_full((*logits.shape[:-1], len(self.inside)), -torch.inf)
+        whole[..., self.ids] = logits
+        return whole
