@@ -31,7 +31,10 @@ from transformers import (
 )
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.mtp import MTPDrafter
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 from draftopd.targets.tiny_tokenizer import build_tokenizer
 
@@ -128,6 +131,29 @@ def make_drafter() -> Callable[..., DFlashDrafter]:
     def make(target: Target, num_layers: int = 2, block_size: int = 4, seed: int = 0, **options) -> DFlashDrafter:
         options = {"mask_token_id": target.vocab_size - 1, "target_layer_ids": (0, target.num_layers // 2)} | options
         drafter = DFlashDrafter.for_target(target, num_layers, block_size, **options)
+        randomize(drafter, seed)
+        return drafter.eval()
+
+    return make
+
+
+#: Kinds of drafter; ``eagle3_reduced`` proposes only part of the vocabulary.
+DRAFTERS = ("dflash", "eagle3", "eagle3_reduced", "mtp")
+
+
+@pytest.fixture(scope="session")
+def make_any(make_drafter: Callable[..., DFlashDrafter]) -> Callable[..., Drafter]:
+    """``(kind, target, block_size) -> drafter`` of one of :data:`DRAFTERS`, with random weights, norms included."""
+
+    def make(kind: str, target: Target, block_size: int = 4, seed: int = 0, **options) -> Drafter:
+        if kind == "dflash":
+            return make_drafter(target, block_size=block_size, seed=seed, **options)
+        if kind == "mtp":
+            drafter: Drafter = MTPDrafter.for_target(target, block_size, **options)
+        else:
+            ids = torch.arange(target.vocab_size)
+            vocabulary = ids[(ids % 3 != 1)] if kind == "eagle3_reduced" else None
+            drafter = Eagle3Drafter.for_target(target, block_size, vocabulary, **options)
         randomize(drafter, seed)
         return drafter.eval()
 

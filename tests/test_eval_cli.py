@@ -63,7 +63,7 @@ def test_a_checkpoint_sampled_in_batches_on_prompts_of_ones_own(tmp_path: Path) 
     checkpoint = ROOT / "src/draftopd/assets/tiny_dflash"
     done = evaluate(
         tmp_path / "run", f"checkpoint={checkpoint}", "benchmark=jsonl", f"benchmark.path={prompts}", "batch_size=2",
-        "temperature=1.0", "verification=target_only", "max_new_tokens=12", "drafter.block_size=4", "seed=5",
+        "temperature=1.0", "verification=target_only", "max_new_tokens=12", "block_size=4", "seed=5",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "mine: 3 prompts, batch 2, temperature 1" in done.stdout
@@ -116,7 +116,7 @@ def test_a_drafter_for_another_target(tmp_path: Path) -> None:
 def test_help_names_every_option() -> None:
     done = command("--help")
     assert done.returncode == 0
-    for group in ("target", "drafter", "benchmark"):
+    for group in ("target", "benchmark"):
         listed = next(line for line in done.stdout.splitlines() if line.strip().startswith(f"{group} "))
         for path in (ROOT / "configs" / group).glob("*.yaml"):
             assert path.stem in listed
@@ -128,8 +128,8 @@ def test_help_names_every_option() -> None:
 def test_the_checkpoints_block_size_is_kept() -> None:
     """Some targets suggest a block size for fresh drafters."""
     done = command("target=qwen3_4b", "checkpoint=DIR", "--cfg", "job", "--resolve")
-    drafter = yaml.safe_load(done.stdout)["drafter"]
-    assert drafter["checkpoint"] == "DIR" and drafter["block_size"] is None
+    config = yaml.safe_load(done.stdout)
+    assert config["checkpoint"] == "DIR" and config["block_size"] is None
 
 
 @pytest.mark.slow

@@ -9,18 +9,19 @@ import torch
 
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.base import Drafter
 from draftopd.losses.asymmetric_kl import AsymmetricKL
+from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.kl import ForwardKL
 from draftopd.replay import ReplayBatch, replay
 from draftopd.targets.target import Target
-from tests.conftest import KINDS
+from tests.conftest import DRAFTERS, KINDS
 
-MakeDrafter = Callable[..., DFlashDrafter]
+MakeDrafter = Callable[..., Drafter]
 
 
-def decode(target: Target, drafter: DFlashDrafter, count: int = 6) -> list[Decoded]:
+def decode(target: Target, drafter: Drafter, count: int = 6) -> list[Decoded]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 60, (4 + i,), generator=generator).tolist() for i in range(count)]
     return Decoder(target, drafter, max_new_tokens=30).decode_batch(prompts)
@@ -40,9 +41,12 @@ def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_replay_at_visited_anchors_repeats_the_rollout(kind: str, target_dirs, make_drafter: MakeDrafter) -> None:
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_replay_at_visited_anchors_repeats_the_rollout(
+    kind: str, drafts: str, target_dirs, make_any: MakeDrafter
+) -> None:
     target = Target.load(str(target_dirs[kind]), dtype="float32")
-    drafter = make_drafter(target, block_size=4)
+    drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
     blocks = replay(target, drafter, as_batch(decoded), Sampling(), frozenset())
     proposals = [p for d in decoded for p in d.proposals]
@@ -78,8 +82,11 @@ def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
         torch.testing.assert_close(loss(prefix).loss, loss(kept).loss, rtol=1e-4, atol=1e-5)
 
 
-def test_teacher_states_are_the_targets_on_prefix_and_proposals(target: Target, make_drafter: MakeDrafter) -> None:
-    drafter = make_drafter(target)
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_teacher_states_are_the_targets_on_prefix_and_proposals(
+    drafts: str, target: Target, make_any: MakeDrafter
+) -> None:
+    drafter = make_any(drafts, target)
     decoded = decode(target, drafter, count=3)
     blocks = replay(target, drafter, as_batch(decoded, blocks=4), Sampling(), frozenset())
     assert blocks.teacher is not None
@@ -93,10 +100,11 @@ def test_teacher_states_are_the_targets_on_prefix_and_proposals(target: Target, 
             index += 1
 
 
-def test_gradients_reach_the_drafter_only(target: Target, make_drafter: MakeDrafter) -> None:
-    drafter = make_drafter(target)
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_gradients_reach_the_drafter_only(drafts: str, target: Target, make_any: MakeDrafter) -> None:
+    drafter = make_any(drafts, target)
     blocks = replay(target, drafter, as_batch(decode(target, drafter)), Sampling(), frozenset())
-    blocks.student.sum().backward()
+    blocks.head.logits(blocks.student).logsumexp(-1).sum().backward()
     assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters())
     assert all(p.grad is None for p in target.parameters())
 
@@ -125,6 +133,70 @@ def test_recorded_slots_end_with_the_text(target: Target, make_drafter: MakeDraf
             assert int(kept.sum()) == len(rest)
             assert blocks.labels[index][kept].tolist() == rest
             index += 1
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_a_teacher_on_the_recorded_text(drafts: str, target: Target, make_any: MakeDrafter) -> None:
+    """Its states are those before each recorded token; an autoregressive drafter goes on from recorded tokens."""
+    drafter = make_any(drafts, target)
+    decoded = decode(target, drafter, count=3)
+    batch = as_batch(decoded)
+    blocks = replay(target, drafter, batch, Sampling(), frozenset({5}), teacher="recorded")
+    assert blocks.teacher is not None
+    assert torch.equal(blocks.valid, blocks.recorded & blocks.head.covers(blocks.labels))
+    index = 0
+    for d in decoded:
+        ids = torch.tensor([d.tokens])
+        reading = target.read(ids, target.new_cache(ids.shape[1]))
+        for anchor in d.anchors:
+            count = min(drafter.num_proposals, len(d.tokens) - 1 - anchor)
+            torch.testing.assert_close(
+                blocks.teacher[index, :count], reading.hidden[0, anchor : anchor + count], rtol=1e-4, atol=1e-5
+            )
+            taken: list[torch.Tensor] = []
+
+            def led(hidden: torch.Tensor, anchor: int = anchor, text: torch.Tensor = ids, taken: list = taken):
+                begin = anchor + 1 + sum(t.shape[-1] for t in taken)
+                places = torch.arange(begin, begin + hidden.shape[2]).clamp_max(text.shape[1] - 1)
+                taken.append(text[0, places][None, None])
+                return taken[-1]
+
+            draft = drafter.replay(target, reading.features, ids, torch.tensor([[anchor]]), led)
+            torch.testing.assert_close(blocks.student[index, :count], draft.hidden[0, 0, :count], rtol=1e-4, atol=1e-4)
+            index += 1
+    assert index == len(blocks.student)
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+@pytest.mark.parametrize("scope", ["proposals", "until_fail", "recorded", "none"])
+def test_what_is_measured_is_scored_whatever_is_learnt(
+    scope: TeacherScope, drafts: str, target: Target, make_any: MakeDrafter
+) -> None:
+    drafter = make_any(drafts, target)
+    batch = as_batch(decode(target, drafter, count=4))
+    measured: list[Blocks] = []
+    blocks = replay(target, drafter, batch, Sampling(), frozenset({5}), scope, measure=measured.append)
+    alone = replay(target, drafter, batch, Sampling(), frozenset({5}), scope)
+    torch.testing.assert_close(blocks.student, alone.student)
+    assert torch.equal(blocks.accepted, alone.accepted) and torch.equal(blocks.valid, alone.valid)
+    (seen,) = measured
+    own = replay(target, drafter, batch, Sampling(), frozenset({5}))
+    assert seen.teacher is not None and own.teacher is not None
+    assert torch.equal(seen.accepted, own.accepted)  # the accepted prefix is the same, whatever is fed after it
+    if scope in ("proposals", "until_fail") or not drafter.autoregressive:
+        torch.testing.assert_close(seen.teacher, own.teacher)
+
+
+def test_slots_whose_token_the_vocabulary_lacks_are_not_learnt(target: Target, make_any: MakeDrafter) -> None:
+    drafter = make_any("eagle3_reduced", target)
+    batch = as_batch(decode(target, drafter))
+    measured: list[Blocks] = []
+    blocks = replay(target, drafter, batch, Sampling(), frozenset(), measure=measured.append)
+    assert blocks.teacher is not None
+    lacking = target.head.logits(blocks.teacher).argmax(-1) % 3 == 1
+    assert 0.1 < lacking.float().mean() < 0.9
+    assert torch.equal(blocks.valid, ~lacking)
+    assert measured[0].valid.all()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])

@@ -18,6 +18,7 @@ from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.errors import NumericsError
 from draftopd.losses.base import Loss
+from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength
 from draftopd.metrics.agreement import Agreement, slot_agreement
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
@@ -90,18 +91,13 @@ class DraftModule(L.LightningModule):
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         blocks = replay(
             self.target, self.drafter, batch, self.sampling, self.stop,
-            # Where agreement is logged all slots are scored, whatever the loss needs.
-            teacher="proposals" if logs_now else self.loss.teacher, generator=self._generator(), clock=self.clock,
+            teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
             reanchor=self._fresh_anchors if self.fresh else None,
             with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
+            measure=self._measure if logs_now else None,
         )  # fmt: skip
-        scope = self.loss.teacher
-        judged = blocks
-        if logs_now and (scope == "none" or (scope == "until_fail" and self.sampling.greedy)):
-            # What is logged must not change what is learnt.
-            judged = blocks.against_recorded(until_fail=scope == "until_fail")
         with self.clock("loss"):
-            output = self.loss(judged)
+            output = self.loss(blocks)
         if not torch.isfinite(output.loss):
             raise NumericsError(
                 f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
@@ -118,13 +114,15 @@ class DraftModule(L.LightningModule):
             logged["anchor_age"] = self.global_step - batch.made_at[batch.made_at >= 0].float().mean()
         self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
         self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
-        if logs_now:
-            found = slot_agreement(blocks)
-            self.agreement.update(blocks, found)
-            self.by_entropy.update(found.target_entropy, blocks.accepted, blocks.valid)
-            self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
-            self.agreement.reset()
         return output.loss
+
+    def _measure(self, blocks: Blocks) -> None:
+        """Log how target and drafter compare on the drafter's own tokens."""
+        found = slot_agreement(blocks)
+        self.agreement.update(blocks, found)
+        self.by_entropy.update(found.target_entropy, blocks.accepted, blocks.valid)
+        self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
+        self.agreement.reset()
 
     def on_train_epoch_end(self) -> None:
         for edge, rate in self.by_entropy.compute().items():

@@ -7,6 +7,7 @@ all blocks; then the accepted lengths follow (method: "Replay and the two stream
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -75,6 +76,7 @@ def replay(
     reanchor: Reanchor | None = None,
     with_states: bool = False,
     verification: Verification = "rejection_sampling",
+    measure: Callable[[Blocks], None] | None = None,
 ) -> Blocks:
     """The batch's blocks, with gradients on the drafter's side.
 
@@ -84,61 +86,92 @@ def replay(
         teacher: which of the target's states to give. ``proposals``: the target scores the drafter's own
             tokens. ``until_fail``: its states on the recorded tokens, which up to the first rejection are the
             same at temperature 0, so nothing is scored again; slots without a recorded token do not count.
-            ``none``: no states. In the last two a proposal counts as accepted while it equals the recorded
-            token. Above temperature 0 proposals are drawn anew and ``until_fail`` becomes ``proposals``.
+            ``recorded``: its states on the recorded tokens in every slot that has one. ``none``: no states. But for
+            the first, a proposal counts as accepted while it equals the recorded token. In the last two an
+            autoregressive drafter goes on from the recorded tokens instead of its own, as in SFT. Above temperature
+            0 proposals are drawn anew and ``until_fail`` becomes ``proposals``.
         clock: told how long target and drafter took.
         reanchor: chooses the anchors now, from the target's features; default the batch's own.
         with_states: give it the target's states even where the loss needs none.
         verification: acceptance rule above temperature 0; ``target_only`` proposes the drafter's best tokens.
+        measure: told the same blocks with every slot scored by the target, whatever the loss needs; valid there are
+            also slots whose token the drafter's vocabulary lacks.
     """
     clock = clock or Stopwatch()
     if teacher == "until_fail" and not sampling.greedy:
         teacher = "proposals"
     cache = target.new_cache(batch.ids.shape[1])
     with clock("target"):
-        if teacher == "none" and not with_states:
+        if teacher == "none" and not with_states and measure is None:
             states, features = None, target.read_features(batch.ids)
         else:
             states, features = target.read(batch.ids, cache)
     if reanchor is not None:
         with clock("walk"):
             batch = reanchor(batch, features, states)
-    head = target.head
-    anchor_tokens = batch.ids.gather(1, batch.anchors)
-
-    draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
-
-    def choose(hidden: Tensor) -> Tensor:
-        return _choose(hidden, head, draft_sampling, generator)
-
-    with clock("drafter"):
-        draft = drafter.replay(target, features, batch.anchors, anchor_tokens, choose)
-    kept = batch.anchor_mask
+    width = batch.ids.shape[1]
     slots = torch.arange(1, drafter.block_size, device=batch.ids.device)
     places = batch.anchors[..., None] + slots
-    recorded = (places < batch.lengths[:, None, None])[kept]
-    labels = batch.ids[:, None].expand(-1, places.shape[1], -1)
-    labels = labels.gather(2, places.clamp_max(batch.ids.shape[1] - 1))[kept]
-    student, proposals = draft.hidden[kept], draft.tokens[kept]
+    recorded = places < batch.lengths[:, None, None]
+    labels = batch.ids[:, None].expand(-1, places.shape[1], -1).gather(2, places.clamp_max(width - 1))
+    head = drafter.head(target)
+    forced = drafter.autoregressive and teacher in ("recorded", "none")
+    draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
+    own: list[Tensor] = []
+
+    def choose(hidden: Tensor) -> Tensor:
+        tokens = _choose(hidden, head, draft_sampling, generator)
+        begin = sum(part.shape[-1] for part in own)
+        own.append(tokens)
+        part = slice(begin, begin + tokens.shape[-1])
+        return torch.where(recorded[..., part], labels[..., part], tokens) if forced else tokens
+
+    with clock("drafter"):
+        draft = drafter.replay(target, features, batch.ids, batch.anchors, choose)
+    kept = batch.anchor_mask
+    student, proposals = draft.hidden[kept], torch.cat(own, -1)[kept]
+    labels, recorded = labels[kept], recorded[kept]
     valid = _until_stop(proposals, stop)
-    if teacher == "proposals":
+
+    def scored() -> Blocks:
+        """The blocks with the target's states along the tokens that the drafter went on from."""
         with clock("target"):
-            tokens = torch.cat([anchor_tokens[..., None], draft.tokens[..., :-1]], dim=-1)
-            scored = target.score_blocks(cache, batch.ids.shape[1], batch.anchors, tokens)[kept]
+            tokens = torch.cat([batch.ids.gather(1, batch.anchors)[..., None], draft.tokens[..., :-1]], dim=-1)
+            teacher_states = target.score_blocks(cache, width, batch.anchors, tokens)[kept]
+            possible = valid
             if verification == "rejection_sampling" and not sampling.greedy:
-                accepted = _accepted(student.detach(), scored, proposals, head, sampling, generator)
+                accepted = _accepted(
+                    student.detach(), teacher_states, proposals, head, target.head, sampling, generator
+                )
             else:
-                accepted = accepted_prefix(proposals == _choose(scored, head, sampling, generator))
-        return Blocks(student, scored, head, proposals, labels, accepted, valid, recorded)
+                chosen = _choose(teacher_states, target.head, sampling, generator)
+                accepted = accepted_prefix(proposals == chosen)
+                possible = valid & head.covers(chosen)
+        return Blocks(student, teacher_states, head, proposals, labels, accepted, possible, recorded, target.head)
+
+    if teacher == "proposals":
+        blocks = scored()
+        if measure is not None:
+            measure(replace(blocks, valid=valid))
+        return blocks
     accepted = accepted_prefix((proposals == labels) & recorded)
     if teacher == "none" or states is None:
-        return Blocks(student, None, head, proposals, labels, accepted, valid, recorded)
-    before = (places - 1).clamp_max(batch.ids.shape[1] - 1)[kept]
-    rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]
-    read = states[rows[:, None], before]
-    # Beyond the first rejection these states follow other tokens than the drafter's: out of bounds.
-    usable = valid & recorded & (slots - 1 <= accepted[:, None])
-    return Blocks(student, read, head, proposals, labels, accepted, usable, recorded)
+        blocks = Blocks(student, None, head, proposals, labels, accepted, valid, recorded, target.head)
+    else:
+        before = (places - 1).clamp_max(width - 1)[kept]
+        rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]
+        if teacher == "recorded":
+            # The text has the recorded stop token, if any; what the drafter proposed there does not end it.
+            usable = recorded & head.covers(labels)
+        else:
+            # Beyond the first rejection these states follow other tokens than the drafter's: out of bounds.
+            usable = valid & recorded & head.covers(labels) & (slots - 1 <= accepted[:, None])
+        blocks = Blocks(
+            student, states[rows[:, None], before], head, proposals, labels, accepted, usable, recorded, target.head
+        )
+    if measure is not None:
+        measure(replace(scored(), valid=valid))
+    return blocks
 
 
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
@@ -147,7 +180,7 @@ def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.G
     flat = hidden.detach().flatten(0, -2)
     chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
     with torch.no_grad():
-        parts = [sampling.choose(head.logits(part), generator) for part in flat.split(chunk)]
+        parts = [sampling.choose(head.target_logits(part), generator) for part in flat.split(chunk)]
     return torch.cat(parts).view(hidden.shape[:-1])
 
 
@@ -157,15 +190,16 @@ def _accepted(
     teacher: Tensor,
     proposals: Tensor,
     head: LMHead,
+    target_head: LMHead,
     sampling: Sampling,
     generator: torch.Generator | None,
 ) -> Tensor:
     """Accepted lengths ``[N]`` of blocks ``[N, K]`` under rejection sampling."""
-    chunk = max(1, CHUNK_ELEMENTS // (head.weight.shape[0] * proposals.shape[1]))
+    chunk = max(1, CHUNK_ELEMENTS // (target_head.weight.shape[0] * proposals.shape[1]))
     accepts = []
     for s, t, d in zip(student.split(chunk), teacher.split(chunk), proposals.split(chunk), strict=True):
-        q = sampling.probabilities(head.logits(s)).gather(-1, d[..., None])[..., 0]
-        p = sampling.probabilities(head.logits(t)).gather(-1, d[..., None])[..., 0]
+        q = sampling.probabilities(head.target_logits(s)).gather(-1, d[..., None])[..., 0]
+        p = sampling.probabilities(target_head.logits(t)).gather(-1, d[..., None])[..., 0]
         accepts.append(torch.rand(q.shape, generator=generator, device=q.device) * q < p)
     return accepted_prefix(torch.cat(accepts)) if accepts else proposals.new_zeros(0)
 

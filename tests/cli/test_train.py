@@ -81,14 +81,18 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("kind", "drafts"),
+    [*((kind, "dflash") for kind in KINDS), ("qwen3", "eagle3"), ("gemma3", "eagle3"), ("qwen3", "mtp")],
+)
 def test_every_family_from_sft_to_lossless_decoding(
-    kind: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
+    kind: str, drafts: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
 ) -> None:
     target = (f"target={'qwen3_30b_a3b' if kind == 'qwen3_moe' else 'hf'}", f"target.path={chat_targets[kind]}")
     before = load_file(Path(chat_targets[kind]) / "model.safetensors")
     sft, opd = tmp_path / "sft", tmp_path / "opd"
-    shape = ("target.dtype=float32", "drafter.num_layers=1", "drafter.block_size=4")
+    own = {"dflash": ("drafter.num_layers=1",), "eagle3": ("drafter.draft_vocab_size=150",), "mtp": ()}[drafts]
+    shape = ("target.dtype=float32", f"drafter={drafts}", "drafter.block_size=4", *own)
     done = script("train.py", "experiment=sft", *target, *shape, *SMALL, f"hydra.run.dir={sft}")
     assert done.returncode == 0, done.stderr
     start = f"drafter.checkpoint={sft / 'drafter'}"

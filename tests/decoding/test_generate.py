@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from itertools import product
 from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import KINDS
+from tests.conftest import DRAFTERS, KINDS
 from torch import Tensor
 
 from draftopd.data.reasoning import problems
@@ -16,13 +17,13 @@ from draftopd.decoding import generate
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling, draw
 from draftopd.decoding.verify import Verdict, Verification, accepted_prefix
-from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.drafters.base import Chooser, Draft, Drafter, TargetShape
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.errors import DrafterError, PromptError
 from draftopd.targets.hub import resolve
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
-MakeDrafter = Callable[..., DFlashDrafter]
+MakeDrafter = Callable[..., Drafter]
 NEW_TOKENS = 24
 
 
@@ -55,7 +56,7 @@ class Prophet(Drafter):
     def select(self, state: list[Rows], rows: Tensor) -> None:
         state[0].select(rows)
 
-    def observe(self, state: list[Rows], features: Tensor, positions: Tensor) -> None:
+    def observe(self, target: Target, state: list[Rows], features: Tensor, ids: Tensor, positions: Tensor) -> None:
         if state[0].rows is None:
             state[0].rows = torch.arange(len(positions))
 
@@ -78,13 +79,17 @@ class Prophet(Drafter):
                 tokens[i, k] = (known + (position in self.lies[row])) % target.vocab_size
         return Draft(torch.zeros(*tokens.shape, 1), tokens[:, None])
 
+    def made_for(self) -> TargetShape:
+        return TargetShape(32, 64, 4)
+
     def describe(self) -> dict[str, object]:
         raise NotImplementedError
 
     def replay(self, *_: object) -> Draft:
         raise NotImplementedError
 
-    def save(self, directory: Path) -> None:
+    @classmethod
+    def assemble(cls, *_: object) -> Prophet:
         raise NotImplementedError
 
 
@@ -173,14 +178,15 @@ class TestGreedy:
     def test_random_drafters_change_nothing(
         self,
         target: Target,
-        make_drafter: MakeDrafter,
+        make_any: MakeDrafter,
         prompts: list[list[int]],
         continued: list[list[int]],
         batch_size: int,
         stop: frozenset[int],
     ) -> None:
         expected = [until_stop(response, stop) for response in continued]
-        drafters = [None, make_drafter(target), make_drafter(target, 1, block_size=7, target_layer_ids=(1,), seed=1)]
+        drafters = [None, *(make_any(drafts, target) for drafts in DRAFTERS)]
+        drafters.append(make_any("dflash", target, num_layers=1, block_size=7, target_layer_ids=(1,), seed=1))
         for drafter in drafters:
             decoder = Decoder(target, drafter, max_new_tokens=NEW_TOKENS, stop=stop)
             results = decode_all(decoder, prompts, batch_size)
@@ -219,11 +225,11 @@ class TestGreedy:
 
     @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
     def test_other_kinds_of_target(
-        self, kind: str, target_dirs: dict[str, Path], make_drafter: MakeDrafter, prompts: list[list[int]]
+        self, kind: str, target_dirs: dict[str, Path], make_any: MakeDrafter, prompts: list[list[int]]
     ) -> None:
         target = Target.load(str(target_dirs[kind]), dtype="float32")
         expected = [greedy_reference(target, prompt, NEW_TOKENS, frozenset()) for prompt in prompts]
-        for drafter in (None, make_drafter(target)):
+        for drafter in (None, *(make_any(drafts, target) for drafts in DRAFTERS)):
             results = decode_all(Decoder(target, drafter, max_new_tokens=NEW_TOKENS), prompts, batch_size=5)
             assert [r.response for r in results] == expected
 
@@ -240,12 +246,13 @@ class TestGreedy:
             )  # fmt: skip
             assert result.tokens == output[0].tolist()
 
+    @pytest.mark.parametrize("drafts", DRAFTERS)
     @pytest.mark.parametrize("sampling", [Sampling(), Sampling(1.0)], ids=["greedy", "target_only"])
     def test_the_decoders_drafts_are_the_replays(
-        self, target: Target, make_drafter: MakeDrafter, prompts: list[list[int]], sampling: Sampling
+        self, drafts: str, target: Target, make_any: MakeDrafter, prompts: list[list[int]], sampling: Sampling
     ) -> None:
         """What was proposed while decoding ragged batches is what replay proposes at the same anchors."""
-        drafter = make_drafter(target)
+        drafter = make_any(drafts, target)
         stop = frozenset(range(0, 64, 9))
         decoder = Decoder(target, drafter, sampling, "target_only", NEW_TOKENS, stop)
         results = decode_all(decoder, prompts, batch_size=8)
@@ -254,9 +261,7 @@ class TestGreedy:
             if result.anchors:
                 ids, anchors = torch.tensor([result.tokens]), torch.tensor([result.anchors])
                 features = target.read(ids, target.new_cache(ids.shape[1])).features
-                draft = drafter.replay(
-                    target, features, anchors, ids.gather(1, anchors), lambda h: target.head.logits(h).argmax(-1)
-                )
+                draft = drafter.replay(target, features, ids, anchors, drafter.head(target).best_tokens)
                 assert draft.tokens[0].tolist() == result.proposals
 
 
@@ -382,18 +387,22 @@ class TestSampled:
             found.append(chi_square(outcomes, self.law(target, prompt, sampling)))
         return found
 
-    @pytest.mark.parametrize("verification", ["plain", "rejection_sampling", "target_only"])
+    @pytest.mark.parametrize(
+        ("drafts", "verification"),
+        [("none", "plain"), *product(("dflash", "eagle3_reduced", "mtp"), ("rejection_sampling", "target_only"))],
+    )
     @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=4, top_p=0.9)], ids=["plain", "warped"])
     def test_the_law_is_the_targets(
         self,
         target: Target,
-        make_drafter: MakeDrafter,
+        make_any: MakeDrafter,
+        drafts: str,
         verification: str,
         sampling: Sampling,
         chi_square: Callable[[Tensor, Tensor], float],
     ) -> None:
         plain = verification == "plain"
-        drafter = None if plain else make_drafter(target, block_size=self.BLOCK)
+        drafter = None if plain else make_any(drafts, target, block_size=self.BLOCK)
         rule: Verification = "rejection_sampling" if plain else verification
         assert min(self.p_values(target, drafter, sampling, rule, chi_square)) > 1e-3
 

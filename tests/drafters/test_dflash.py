@@ -84,7 +84,7 @@ class Setting:
     def replay(self, features: Tensor | None = None, anchors: Tensor | None = None) -> Draft:
         anchors = self.anchors if anchors is None else anchors
         features = self.features if features is None else features
-        return self.drafter.replay(self.target, features, anchors, self.ids.gather(1, anchors), self.choose)
+        return self.drafter.replay(self.target, features, self.ids, anchors, self.choose)
 
     def expected(self) -> Tensor:
         rows = [
@@ -134,7 +134,7 @@ def test_replay_equals_drafting_block_by_block(setting: Setting) -> None:
                 block = torch.randn(BATCH, 8, setting.features.shape[-1])
                 kept = setting.features[:, start : min(start + step, anchor)]
                 block[:, : kept.shape[1]] = kept
-                drafter.observe(state, block, positions)
+                drafter.observe(target, state, block, positions, positions)
             for store in state:
                 store.select(torch.tensor([b]))
             anchors, tokens = torch.tensor([anchor]), setting.ids[b, anchor][None]
@@ -146,7 +146,8 @@ def test_replay_equals_drafting_block_by_block(setting: Setting) -> None:
 @torch.no_grad()
 def test_rows_at_different_anchors_draft_together(setting: Setting) -> None:
     state = setting.drafter.start(LENGTH + 3)
-    setting.drafter.observe(state, setting.features, torch.arange(LENGTH).expand(BATCH, -1))
+    positions = torch.arange(LENGTH).expand(BATCH, -1)
+    setting.drafter.observe(setting.target, state, setting.features, setting.ids[:, :LENGTH], positions)
     replayed = setting.replay()
     for i in range(setting.anchors.shape[1]):
         anchors = setting.anchors[:, i]

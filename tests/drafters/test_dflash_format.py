@@ -12,9 +12,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from draftopd.drafters import dflash_format
+from draftopd.drafters import checkpoint
+from draftopd.drafters.checkpoint import read_checkpoint
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.dflash_format import read_dflash
+from draftopd.drafters.dflash_format import parse_config
 from draftopd.errors import DrafterError
 from draftopd.targets.target import Target
 
@@ -103,9 +104,9 @@ def test_round_trip_is_bit_equal(drafter: DFlashDrafter, saved: Path, tmp_path: 
 
 def test_a_loaded_drafter_drafts_the_same(target: Target, drafter: DFlashDrafter, saved: Path) -> None:
     features = torch.randn(1, 9, 64)
-    anchors, tokens = torch.tensor([[4, 8]]), torch.tensor([[3, 5]])
+    anchors, ids = torch.tensor([[4, 8]]), torch.arange(9)[None]
     drafts = [
-        model.replay(target, features, anchors, tokens, lambda hidden: hidden.argmax(-1))
+        model.replay(target, features, ids, anchors, lambda hidden: hidden.argmax(-1))
         for model in (drafter, DFlashDrafter.load(saved))
     ]
     assert torch.equal(drafts[0].hidden, drafts[1].hidden)
@@ -171,7 +172,7 @@ def test_rope_settings(saved: Path, tmp_path: Path) -> None:
 def test_the_public_qwen3_8b_shape(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps(QWEN3_8B))
     save_file({"norm.weight": torch.zeros(1)}, tmp_path / "model.safetensors")
-    config, extras, _ = read_dflash(tmp_path)
+    config, extras = parse_config(read_checkpoint(tmp_path)[0], "test")
     with torch.device("meta"):
         drafter = DFlashDrafter(config, **extras)
     assert (drafter.block_size, drafter.mask_token_id, drafter.num_target_layers) == (16, 151669, 36)
@@ -267,7 +268,7 @@ def test_a_failed_save_leaves_the_old_file_whole(
         raise OSError(errno.ENOSPC, "No space left on device")
 
     if fails == "model.safetensors":
-        monkeypatch.setattr(dflash_format, "save_file", disk_full)
+        monkeypatch.setattr(checkpoint, "save_file", disk_full)
     else:
         monkeypatch.setattr(Path, "write_text", disk_full)
     with torch.no_grad():

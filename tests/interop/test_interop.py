@@ -12,15 +12,19 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.cli.conftest import ROOT, SMALL, Script
+from tests.conftest import DRAFTERS
 
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, TargetError
 from draftopd.interop.__main__ import main, read_training_checkpoint
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
 from draftopd.targets.target import Target
 
-MakeDrafter = Callable[..., DFlashDrafter]
+MakeDrafter = Callable[..., Drafter]
 
 
 @pytest.fixture
@@ -29,42 +33,64 @@ def files(target_dirs: dict[str, Path]) -> TargetFiles:
 
 
 @pytest.fixture
-def drafter(target: Target, make_drafter: MakeDrafter) -> DFlashDrafter:
-    return make_drafter(target)
+def drafter(target: Target, make_any: MakeDrafter) -> Drafter:
+    return make_any("dflash", target)
 
 
 @pytest.fixture
-def exported(drafter: DFlashDrafter, files: TargetFiles, tmp_path: Path) -> Path:
+def exported(drafter: Drafter, files: TargetFiles, tmp_path: Path) -> Path:
     write_speculators(drafter, tmp_path / "out", files, "org/target", torch.float32)
     return tmp_path / "out"
 
 
-def equal(first: DFlashDrafter, second: DFlashDrafter) -> bool:
+def equal(first: Drafter, second: Drafter) -> bool:
     a, b = first.state_dict(), second.state_dict()
     return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a) and first.describe() == second.describe()
 
 
+@pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_speculators_round_trip(
-    dtype: torch.dtype, drafter: DFlashDrafter, files: TargetFiles, tmp_path: Path, target_dirs: dict[str, Path]
+def test_round_trips(
+    dtype: torch.dtype, drafts: str, target: Target, make_any: MakeDrafter, files: TargetFiles, tmp_path: Path
 ) -> None:
-    rounded = DFlashDrafter.assemble(
-        drafter.config,
-        {k: getattr(drafter, k) for k in ("block_size", "target_layer_ids", "mask_token_id", "num_target_layers")},
-        {name: t.to(dtype) for name, t in drafter.state_dict().items()},
-        "test",
-    )
-    write_speculators(rounded, tmp_path, files, "org/target", dtype)
-    assert equal(read_speculators(tmp_path, files), rounded)
-    config = json.loads((tmp_path / "config.json").read_text())
-    assert config["aux_hidden_state_layer_ids"] == [1, 3] and config["speculators_model_type"] == "dflash"
+    """Public format and speculators: the same bits, tables included, and the same bytes written again."""
+    drafter = make_any(drafts, target)
+    drafter.save(tmp_path / "public", dtype)
+    rounded = load_drafter(tmp_path / "public")
+    assert type(rounded) is type(drafter) and rounded.describe() == drafter.describe()
+    for name, tensor in drafter.state_dict().items():
+        expected = tensor.to(dtype).float() if tensor.is_floating_point() else tensor
+        assert torch.equal(rounded.state_dict()[name], expected)
+    write_speculators(rounded, tmp_path / "speculators", files, "org/target", dtype)
+    back = read_speculators(tmp_path / "speculators", files)
+    assert equal(back, rounded)
+    back.save(tmp_path / "again", dtype)
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (tmp_path / "public" / name).read_bytes()
+    config = json.loads((tmp_path / "speculators" / "config.json").read_text())
+    assert config["speculators_model_type"] == drafts.removesuffix("_reduced")
     verifier = config["speculators_config"]["verifier"]
     assert verifier == {"name_or_path": "org/target", "architectures": ["Qwen3ForCausalLM"]}
     assert config["speculators_config"]["proposal_methods"][0]["speculative_tokens"] == 3
-    tensors = load_file(tmp_path / "model.safetensors")
+
+
+def test_what_a_speculator_holds_of_its_target(
+    target: Target, make_any: MakeDrafter, files: TargetFiles, tmp_path: Path, target_dirs: dict[str, Path]
+) -> None:
     embedding = load_file(target_dirs["qwen3"] / "model.safetensors")["model.embed_tokens.weight"]
-    assert torch.equal(tensors["embed_tokens.weight"], embedding.to(dtype))
-    assert torch.equal(tensors["lm_head.weight"], embedding.to(dtype))  # tied
+    write_speculators(make_any("dflash", target), tmp_path / "d", files, "org/target", torch.float32)
+    tensors = load_file(tmp_path / "d" / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], embedding)
+    assert torch.equal(tensors["lm_head.weight"], embedding)  # tied
+    assert json.loads((tmp_path / "d" / "config.json").read_text())["aux_hidden_state_layer_ids"] == [1, 3]
+    eagle = make_any("eagle3_reduced", target)
+    write_speculators(eagle, tmp_path / "e", files, "org/target", torch.float32)
+    tensors = load_file(tmp_path / "e" / "model.safetensors")
+    assert torch.equal(tensors["embed_tokens.weight"], embedding)
+    assert torch.equal(tensors["lm_head.weight"], eagle.lm_head.weight)
+    assert "layers.0.hidden_norm.weight" in tensors and tensors["t2d"].dtype == torch.bool
+    taps = json.loads((tmp_path / "e" / "config.json").read_text())["eagle_aux_hidden_state_layer_ids"]
+    assert taps == [i + 1 for i in eagle.target_layer_ids]
 
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3"])
@@ -85,12 +111,12 @@ def test_a_target_in_several_files(target_dirs: dict[str, Path], tmp_path: Path)
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"speculators_model_type": "eagle3"}, "speculator of type eagle3, expected dflash"),
+        ({"speculators_model_type": "peagle"}, "speculator of type peagle, expected dflash"),
         ({"transformer_layer_config": None}, "no transformer_layer_config"),
         ({"draft_vocab_size": 32}, "reduced vocabulary of 32"),
         ({"sample_from_anchor": True}, "sample_from_anchor"),
         ({"aux_hidden_state_layer_ids": [0, 2]}, "layer id 0"),
-        ({"aux_hidden_state_layer_ids": [1, 9]}, "target layer 8, but .* has 4 layers"),
+        ({"aux_hidden_state_layer_ids": [1, 9]}, r"reads target layers \[8\], but the target has layers 0 to 3"),
         ({"aux_hidden_state_layer_ids": "x"}, "lacks or garbles"),
         ({"block_size": None}, "lacks or garbles"),
     ],
@@ -120,9 +146,9 @@ def test_tensors_that_do_not_fit(change: Callable, message: str, exported: Path,
         read_speculators(exported, files)
 
 
-def test_another_target_is_refused(drafter: DFlashDrafter, target_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_another_target_is_refused(drafter: Drafter, target_dirs: dict[str, Path], tmp_path: Path) -> None:
     other = TargetFiles(str(target_dirs["vocab_6"]))
-    with pytest.raises(DrafterError, match="vocabulary is 64, but that of .* is 6"):
+    with pytest.raises(DrafterError, match="vocabulary is 64, but this target's is 6"):
         write_speculators(drafter, tmp_path / "out", other, "x")
     assert not (tmp_path / "out").exists()
 
@@ -130,7 +156,7 @@ def test_another_target_is_refused(drafter: DFlashDrafter, target_dirs: dict[str
 def test_the_last_layer_cannot_be_said(
     target: Target, make_drafter: MakeDrafter, files: TargetFiles, tmp_path: Path
 ) -> None:
-    with pytest.raises(DrafterError, match="last layer .3.*export it as dflash"):
+    with pytest.raises(DrafterError, match="last layer .3.*in its public format"):
         write_speculators(make_drafter(target, target_layer_ids=(0, 3)), tmp_path / "out", files, "x")
 
 
@@ -155,12 +181,116 @@ def test_commands(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         main(["export", str(tmp_path / "nothing"), out])
 
 
+class TestEagle3:
+    """Checkpoints as others publish them."""
+
+    @pytest.fixture
+    def public(self, target: Target, make_any: MakeDrafter, tmp_path: Path) -> Path:
+        make_any("eagle3_reduced", target).save(tmp_path / "public", torch.float32)
+        return tmp_path / "public"
+
+    def change(self, public: Path, drop: tuple[str, ...] = (), **config: object) -> None:
+        raw = json.loads((public / "config.json").read_text()) | config
+        (public / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if k not in drop}))
+
+    def tensors(self, public: Path, **changes: torch.Tensor | None) -> None:
+        tensors = load_file(public / "model.safetensors") | changes
+        save_file({k: v for k, v in tensors.items() if v is not None}, public / "model.safetensors")
+
+    def test_layers_as_each_engine_counts_them(self, public: Path) -> None:
+        raw = json.loads((public / "config.json").read_text())
+        assert raw["eagle_aux_hidden_state_layer_ids"] == [1, 3, 4]  # inputs, as vLLM reads them
+        assert raw["eagle_config"]["eagle_aux_hidden_state_layer_ids"] == [0, 2, 3]  # outputs, as SGLang does
+        self.change(public, drop=("eagle_aux_hidden_state_layer_ids",))
+        assert load_drafter(public).target_layer_ids == (0, 2, 3)
+        self.change(public, drop=("eagle_aux_hidden_state_layer_ids", "eagle_config"))
+        assert load_drafter(public).target_layer_ids == (0, 2, 3)  # the usual ones
+
+    def test_a_checkpoint_that_says_less(self, public: Path, target: Target) -> None:
+        self.change(public, drop=("num_target_layers", "block_size", "norm_before_residual"))
+        with pytest.raises(DrafterError, match="how deep its target is"):
+            load_drafter(public)
+        drafter = load_drafter(public, target.num_layers)
+        assert (drafter.block_size, drafter.target_layer_ids) == (8, (0, 2, 3))
+
+    def test_an_embedding_of_its_own(self, public: Path, target: Target, tmp_path: Path) -> None:
+        embedding = torch.randn(64, 32)
+        self.tensors(public, **{"embed_tokens.weight": embedding})
+        drafter = load_drafter(public)
+        assert isinstance(drafter, Eagle3Drafter) and drafter.embed_tokens is not None
+        entry = drafter.entry(target, torch.tensor([[3]]), torch.ones(1, 1, 32))
+        expected = drafter.midlayer.input_layernorm(embedding[3])
+        torch.testing.assert_close(entry.states[0, 0, :32], expected)
+        assert not drafter.embed_tokens.weight.requires_grad
+        drafter.save(tmp_path / "again", torch.float32)
+        assert torch.equal(load_file(tmp_path / "again" / "model.safetensors")["embed_tokens.weight"], embedding)
+
+    def test_another_width_needs_one(self, public: Path) -> None:
+        self.change(public, target_hidden_size=48)
+        with pytest.raises(DrafterError, match=r"embed_tokens.weight of its own"):
+            load_drafter(public)
+
+    def test_tables_of_a_whole_vocabulary_are_left_aside(
+        self, target: Target, make_any: MakeDrafter, tmp_path: Path
+    ) -> None:
+        make_any("eagle3", target).save(tmp_path, torch.float32)
+        self.tensors(tmp_path, t2d=torch.ones(64, dtype=torch.bool), d2t=torch.zeros(64, dtype=torch.long))
+        assert load_drafter(tmp_path).t2d is None
+
+    def test_tables_that_disagree(self, public: Path) -> None:
+        self.tensors(public, d2t=torch.zeros(43, dtype=torch.long))
+        with pytest.raises(DrafterError, match="t2d and d2t"):
+            load_drafter(public)
+
+    @pytest.mark.parametrize(
+        ("config", "tensors", "message"),
+        [
+            ({"norm_output": True}, {}, "variant with .*norm_output"),
+            ({}, {"fc_norm.0.weight": torch.zeros(2)}, "variant with .*fc_norm.0.weight"),
+            ({"num_hidden_layers": 2}, {}, "has 2 layers"),
+            ({"architectures": ["LlamaForCausalLM"]}, {}, "holds a LlamaForCausalLM"),
+            ({"draft_vocab_size": "x"}, {}, "lacks or garbles"),
+            ({"draft_vocab_size": 50}, {}, "misshapen: .*lm_head.weight"),
+            ({}, {"fc.weight": None}, "Missing: .*fc.weight"),
+            ({}, {"midlayer.self_attn.q_norm.weight": torch.zeros(2)}, "extra: .*q_norm.weight"),
+        ],
+    )
+    def test_refusals(self, public: Path, config: dict, tensors: dict, message: str) -> None:
+        self.change(public, **config)
+        self.tensors(public, **tensors)
+        with pytest.raises(DrafterError, match=message):
+            load_drafter(public)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"speculators_model_type": "eagle3"}, "expected an MTPDraftModel"),
+        ({"num_nextn_predict_layers": 2}, "has 2 layers"),
+        ({"transformer_layer_config": {"model_type": "qwen3_next"}}, "qwen3_next layers, expected qwen3"),
+        ({"speculators_config": {}}, "lacks or garbles"),
+    ],
+)
+def test_mtp_heads_that_do_not_fit(
+    change: dict, message: str, target: Target, make_any: MakeDrafter, tmp_path: Path
+) -> None:
+    make_any("mtp", target).save(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | change
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    with pytest.raises(DrafterError, match=message):
+        load_drafter(tmp_path)
+
+
 @pytest.mark.slow
-def test_a_running_trainings_checkpoint(chat_targets: dict[str, str], script: Script, tmp_path: Path) -> None:
+@pytest.mark.parametrize("drafts", ["dflash", "eagle3", "mtp"])
+def test_a_running_trainings_checkpoint(
+    drafts: str, chat_targets: dict[str, str], script: Script, tmp_path: Path
+) -> None:
     run = tmp_path / "run"
+    shape = {"dflash": ("drafter.num_layers=1",), "eagle3": ("drafter.draft_vocab_size=99",), "mtp": ()}[drafts]
     done = script(
-        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", "drafter.num_layers=1", "drafter.block_size=4",
-        *SMALL, f"hydra.run.dir={run}",
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"drafter={drafts}", "drafter.block_size=4",
+        *shape, *SMALL, f"hydra.run.dir={run}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     exported = read_training_checkpoint(run / "checkpoints" / "last.ckpt")

@@ -7,42 +7,18 @@ from collections.abc import Callable, Sequence
 import pytest
 import torch
 from scipy import stats
-from tests.conftest import KINDS
-from torch import Tensor
+from tests.conftest import DRAFTERS, KINDS
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding import coupling
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling, inverse_draw
-from draftopd.drafters.base import Chooser, Draft
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.rollout.walk import Visited, Walker
 from draftopd.targets.target import Target, load_tokenizer
 
-MakeDrafter = Callable[..., DFlashDrafter]
-
-
-class StepwiseDrafter(DFlashDrafter):
-    """Test double of an autoregressive drafter: picks slot by slot, each slot's states after the one before.
-
-    From the second slot on the states are those of a block that begins with the token just proposed.
-    """
-
-    def _blocks(
-        self,
-        target: Target,
-        context: list[tuple[Tensor, Tensor]],
-        anchors: Tensor,
-        anchor_tokens: Tensor,
-        choose: Chooser,
-    ) -> Draft:
-        hidden, tokens, last = [], [], anchor_tokens
-        for _ in range(self.num_proposals):
-            states = super()._blocks(target, context, anchors, last, lambda h: h[..., 0]).hidden[:, :, :1]
-            hidden.append(states)
-            tokens.append(choose(states))
-            last = tokens[-1][..., 0]
-        return Draft(torch.cat(hidden, 2), torch.cat(tokens, 2))
+MakeDrafter = Callable[..., Drafter]
 
 
 def as_visited(decoded: Decoded) -> Visited:
@@ -50,7 +26,7 @@ def as_visited(decoded: Decoded) -> Visited:
 
 
 def walk(
-    target: Target, drafter: DFlashDrafter, decoded: Sequence[Decoded], walker: Walker, first_seed: int = 0
+    target: Target, drafter: Drafter, decoded: Sequence[Decoded], walker: Walker, first_seed: int = 0
 ) -> list[Visited]:
     rows = [torch.tensor(d.tokens) for d in decoded]
     ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)  # padding must not show
@@ -60,7 +36,7 @@ def walk(
 
 
 def decode(
-    target: Target, drafter: DFlashDrafter | None, count: int = 12, sampling: Sampling = Sampling(), **options
+    target: Target, drafter: Drafter | None, count: int = 12, sampling: Sampling = Sampling(), **options
 ) -> list[Decoded]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 60, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
@@ -78,13 +54,12 @@ WAYS = {
 
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("drafter_class", [DFlashDrafter, StepwiseDrafter])
+@pytest.mark.parametrize("drafts", ("dflash", "eagle3_reduced", "mtp"))
 def test_greedy_anchors_are_those_of_decoding(
-    way: str, kind: str, drafter_class: type[DFlashDrafter], target_dirs, make_drafter: MakeDrafter
+    way: str, kind: str, drafts: str, target_dirs, make_any: MakeDrafter
 ) -> None:
     target = Target.load(str(target_dirs[kind]), dtype="float32")
-    drafter = make_drafter(target, block_size=4)
-    drafter.__class__ = drafter_class
+    drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
     assert walk(target, drafter, decoded, Walker(Sampling(), **WAYS[way])) == [as_visited(d) for d in decoded]
 
@@ -135,11 +110,12 @@ def test_single_tokens_and_empty_batches_of_work(target: Target, make_drafter: M
     assert walk(target, drafter, mixed, Walker(Sampling()))[3:] == [as_visited(d) for d in mixed[3:]]
 
 
+@pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("sampling", [Sampling(1.0), Sampling(0.7, top_k=5), Sampling(1.3, top_p=0.8)])
 def test_drawn_anchors_depend_on_neither_batch_nor_way(
-    sampling: Sampling, target: Target, make_drafter: MakeDrafter
+    sampling: Sampling, drafts: str, target: Target, make_any: MakeDrafter
 ) -> None:
-    drafter = make_drafter(target, block_size=4)
+    drafter = make_any(drafts, target)
     decoded = decode(target, drafter, sampling=sampling)
     whole = walk(target, drafter, decoded, Walker(sampling))
     assert any(n for v in whole for n in v.accepted) and any(n < 3 for v in whole for n in v.accepted)
@@ -193,9 +169,7 @@ def two_sample(first: dict[tuple, int], second: dict[tuple, int]) -> float:
     return float(stats.chi2_contingency(table.T.numpy()).pvalue)
 
 
-def real_and_walked(
-    target: Target, drafter: DFlashDrafter, sampling: Sampling
-) -> tuple[dict[tuple, int], dict[tuple, int]]:
+def real_and_walked(target: Target, drafter: Drafter, sampling: Sampling) -> tuple[dict[tuple, int], dict[tuple, int]]:
     """Outcomes of real decoding, and of walking texts that the target alone decoded."""
     drafter.check_fits(target)
     prompts = [[1, 2, 3, 0, 4]] * RESPONSES
@@ -209,18 +183,23 @@ def real_and_walked(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("drafter_class", [DFlashDrafter, StepwiseDrafter])
-@pytest.mark.parametrize("sampling", [Sampling(0.7), Sampling(1.0), Sampling(1.0, top_k=4, top_p=0.9)])
+@pytest.mark.parametrize(
+    ("drafts", "sampling"),
+    [
+        ("dflash", Sampling(0.7)),
+        ("dflash", Sampling(1.0)),
+        *((drafts, Sampling(1.0, top_k=4, top_p=0.9)) for drafts in ("dflash", "eagle3_reduced", "mtp")),
+    ],
+)
 def test_joint_law_is_that_of_decoding(
-    sampling: Sampling, drafter_class: type[DFlashDrafter], small_vocabulary_target: Target, make_drafter: MakeDrafter
+    sampling: Sampling, drafts: str, small_vocabulary_target: Target, make_any: MakeDrafter
 ) -> None:
-    drafter = make_drafter(small_vocabulary_target, block_size=3, target_layer_ids=(0, 1))
-    drafter.__class__ = drafter_class
+    drafter = make_any(drafts, small_vocabulary_target, block_size=3)
     real, walked = real_and_walked(small_vocabulary_target, drafter, sampling)
     assert len(real) > 50
     assert two_sample(real, walked) > 1e-3
     # The test would see one response in a hundred go astray.
-    (most, count), other = max(real.items(), key=lambda item: item[1]), max(walked)
+    (most, count), other = max(real.items(), key=lambda item: item[1]), min(walked, key=lambda k: walked[k])
     moved = min(RESPONSES // 100, count)
     assert two_sample(real, walked | {most: walked[most] - moved, other: walked[other] + moved}) < 1e-6
 

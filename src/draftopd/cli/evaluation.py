@@ -9,11 +9,12 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from omegaconf import DictConfig
+from pydantic import PositiveInt
 
 from draftopd.callbacks.progress import rollout_progress
-from draftopd.cli.check import check
+from draftopd.cli.check import check, check_value
 from draftopd.cli.record import describe
-from draftopd.drafters.base import Drafter
+from draftopd.drafters.load import load_for
 from draftopd.errors import DrafterError
 from draftopd.evaluation.benchmark import Benchmark
 from draftopd.evaluation.report import print_evaluation, write_evaluation
@@ -32,12 +33,13 @@ def run(config: DictConfig) -> Evaluation:
     """
     transformers.utils.logging.disable_progress_bar()
     settings = read_settings(config)
-    require_checkpoint(config.drafter.checkpoint)
+    require_checkpoint(config.checkpoint)
+    check_value(config.block_size, PositiveInt | None, "block_size")
     benchmark: Benchmark = instantiate(config.benchmark)
     examples = benchmark.examples(settings.limit)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer)
+    drafter = load_for(target, config.checkpoint, config.block_size)
     drafter.to(target.device).eval()
     with rollout_progress(len(examples), label=f"Evaluating {benchmark.name}") as advance:
         result = evaluate(

@@ -7,6 +7,8 @@ import json
 import logging
 import time
 import warnings
+from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +18,10 @@ from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from omegaconf import DictConfig
+from transformers import PreTrainedTokenizerBase
 
 from draftopd.callbacks.draft_viewer import DraftViewer
+from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.cli.record import write_record
 from draftopd.cli.report import TrainingReport, print_report
@@ -28,6 +32,7 @@ from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
 from draftopd.rollout.fresh import FreshAnchors
+from draftopd.rollout.trajectories import InProcessTrajectories, Request
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
 
@@ -45,9 +50,11 @@ def run(config: DictConfig) -> TrainingReport:
     check_refresh(config, rollout)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer)
     data: ReplayDataModule = instantiate(config.data)
-    data.attach(tokenizer, directory / "anchors", drafter.num_proposals)
+    data.attach(tokenizer, directory / "anchors")
+    texts_of_the_target = partial(first_texts, data, rollout, target, tokenizer, directory, config.seed)
+    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
+    data.slots = drafter.num_proposals
     schedule, fresh = config.refresh, None
     texts, every_n_steps = rollout, schedule.every_n_steps
     if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):
@@ -90,6 +97,29 @@ def run(config: DictConfig) -> TrainingReport:
         (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         print_report(report)
     return report
+
+
+def first_texts(
+    data: ReplayDataModule,
+    rollout: Rollout,
+    target: Target,
+    tokenizer: PreTrainedTokenizerBase,
+    directory: Path,
+    seed: int,
+) -> Iterator[list[int]]:
+    """The target's responses to the first refresh's prompts, for a drafter that is made from them.
+
+    They come from the run's own trajectories, so that the first refresh finds them there.
+    """
+    source = rollout.trajectories or InProcessTrajectories(str(directory / "trajectories"), drafted=False)
+    places = data.stretch(0)
+    with rollout_progress(len(places), label="Texts of the target") as progress:
+        request = Request(
+            target, None, tokenizer, lambda: data.prompts(places), places, stop_tokens(target, tokenizer),
+            rollout.sampling, rollout.max_new_tokens, data.max_prompt_tokens, seed, progress,
+        )  # fmt: skip
+        for batch in source.collect(request):
+            yield from (text.response for text in batch)
 
 
 def check_refresh(config: DictConfig, rollout: Rollout) -> None:

@@ -225,8 +225,8 @@ class ReplayDataModule(L.LightningDataModule):
         self.renew: Renew | None = None
         self.renew_every = 0
 
-    def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int) -> None:
-        """Give it the target's tokenizer, the run's buffer directory and the proposals a block, before fitting."""
+    def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int = 0) -> None:
+        """Give it the target's tokenizer and the run's buffer directory; before fitting also the proposals a block."""
         self.encoder = PromptEncoder(tokenizer, self.thinking, self.max_prompt_tokens)
         self.buffer_root, self.slots = buffer_root, slots
 

@@ -123,7 +123,8 @@ class Decoder:
         state = None
         if drafter is not None:
             state = drafter.start(capacity)
-            drafter.observe(state, reading.features, torch.arange(longest, device=device).expand(len(prompts), -1))
+            every = torch.arange(longest, device=device).expand(len(prompts), -1)
+            drafter.observe(target, state, reading.features, ids, every)
         for result, token in zip(results, tokens.tolist(), strict=True):
             self._emit(result, [token])
         rows = list(range(len(prompts)))  # results still decoded, in the batch's order
@@ -142,7 +143,7 @@ class Decoder:
             positions = anchors[:, None] + torch.arange(size, device=device)
             reading = target.read(block, cache, positions, visible + size)
             if drafter is not None:
-                drafter.observe(state, reading.features, positions)
+                drafter.observe(target, state, reading.features, block, positions)
             verdict = self._verify(block[:, 1:], probs, target.head.logits(reading.hidden), generator)
             drafted = block[:, 1:].tolist()
             for i, (n, token) in enumerate(zip(verdict.accepted.tolist(), verdict.token.tolist(), strict=True)):
@@ -160,10 +161,10 @@ class Decoder:
         """The block ``[batch, B]``, and the proposals' distributions where verification needs them."""
         if self.drafter is None:
             return tokens[:, None], None
-        head, distributions = self.target.head, []
+        head, distributions = self.drafter.head(self.target), []
 
         def choose(hidden: Tensor) -> Tensor:
-            logits = head.logits(hidden)
+            logits = head.target_logits(hidden)
             if self.rejection:
                 distributions.append(self.draft_sampling.probabilities(logits)[:, 0])
             return self.draft_sampling.choose(logits, generator)

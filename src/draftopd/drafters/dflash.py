@@ -7,27 +7,22 @@ extra keys and values of every layer. Embedding and LM head are the target's, sh
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedConfig, PreTrainedTokenizerBase, Qwen3Config
-from transformers.models.qwen3.modeling_qwen3 import (
-    Qwen3MLP,
-    Qwen3RMSNorm,
-    Qwen3RotaryEmbedding,
-    apply_rotary_pos_emb,
-)
+from transformers import PreTrainedTokenizerBase, Qwen3Config
+from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
+from typing_extensions import Self
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import block_attention
-from draftopd.drafters.base import Chooser, Draft, Drafter
-from draftopd.drafters.dflash_format import describe, read_dflash, write_dflash
+from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
+from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
+from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
 from draftopd.targets.target import Target
-
-Rotary = tuple[Tensor, Tensor]
 
 
 def default_target_layers(drafter_layers: int, target_layers: int) -> tuple[int, ...]:
@@ -55,54 +50,19 @@ def unused_token(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
     return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id)
 
 
-def _rope_theta(shape: PreTrainedConfig) -> float:
-    """The target's rotary base; of its full-attention layers where kinds of layers differ."""
-    rope = getattr(shape, "rope_parameters", None) or {}
-    return float((rope.get("full_attention") or rope).get("rope_theta", 10_000.0))
-
-
-class DFlashAttention(nn.Module):
-    """Queries from the block, keys and values from context and block."""
-
-    def __init__(self, config: Qwen3Config) -> None:
-        super().__init__()
-        size, heads, kv_heads = config.head_dim, config.num_attention_heads, config.num_key_value_heads
-        bias = config.attention_bias
-        self.head_dim = size
-        self.q_proj = nn.Linear(config.hidden_size, heads * size, bias=bias)
-        self.k_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
-        self.v_proj = nn.Linear(config.hidden_size, kv_heads * size, bias=bias)
-        self.o_proj = nn.Linear(heads * size, config.hidden_size, bias=bias)
-        self.q_norm = Qwen3RMSNorm(size, config.rms_norm_eps)
-        self.k_norm = Qwen3RMSNorm(size, config.rms_norm_eps)
-
-    def keys_values(self, states: Tensor, rotary: Rotary) -> tuple[Tensor, Tensor]:
-        """``[batch, n, hidden] -> 2 x [batch, kv_heads, n, head_dim]``, keys rotated."""
-        keys = self.k_norm(self.k_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        values = self.v_proj(states).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-        return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
-
-    def forward(self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary) -> Tensor:
-        """``block [batch, A * B, hidden]`` over ``context`` keys and values; see :func:`block_attention`."""
-        count = anchors.shape[1]
-        query = self.q_norm(self.q_proj(block).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
-        query = apply_rotary_pos_emb(query, query, *rotary)[0]
-        keys, values = self.keys_values(block, rotary)
-        query, keys, values = (t.unflatten(2, (count, -1)) for t in (query, keys, values))
-        attended = block_attention(query, context, (keys, values), anchors)
-        return self.o_proj(attended.flatten(2, 3).transpose(1, 2).flatten(2))
-
-
 class DFlashLayer(nn.Module):
     def __init__(self, config: Qwen3Config) -> None:
         super().__init__()
-        self.self_attn = DFlashAttention(config)
+        self.self_attn = DraftAttention(config)
         self.mlp = Qwen3MLP(config)
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, block: Tensor, context: tuple[Tensor, Tensor] | None, anchors: Tensor, rotary: Rotary) -> Tensor:
-        block = block + self.self_attn(self.input_layernorm(block), context, anchors, rotary)
+    def forward(self, block: Tensor, context: KeysValues | None, anchors: Tensor, rotary: Rotary) -> Tensor:
+        """``block [batch, A * B, hidden]``; see :func:`~draftopd.drafters.attention.block_attention`."""
+        normed = self.input_layernorm(block)
+        keys, values = (t.unflatten(2, (anchors.shape[1], -1)) for t in self.self_attn.keys_values(normed, rotary))
+        block = block + self.self_attn(normed, context, (keys, values), anchors, rotary)
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -147,7 +107,7 @@ class DFlashDrafter(Drafter):
         target_layer_ids: tuple[int, ...] | None = None,
         intermediate_size: int | None = None,
         num_heads: int | None = None,
-    ) -> DFlashDrafter:
+    ) -> Self:
         """A fresh drafter of the target's width: normally distributed weights, the target's final norm.
 
         Args:
@@ -156,32 +116,11 @@ class DFlashDrafter(Drafter):
             intermediate_size: width of the MLP; default the target's.
             num_heads: attention heads; default the target's. Key/value heads are the target's, at most as many.
         """
-        shape = target.config
-        target_heads = shape.num_attention_heads
-        heads = num_heads or target_heads
-        config = Qwen3Config(
-            vocab_size=target.vocab_size,
-            hidden_size=shape.hidden_size,
-            num_hidden_layers=num_layers,
-            num_attention_heads=heads,
-            num_key_value_heads=min(shape.num_key_value_heads, heads),
-            head_dim=getattr(shape, "head_dim", None) or shape.hidden_size // target_heads,
-            intermediate_size=intermediate_size or shape.intermediate_size,
-            rms_norm_eps=shape.rms_norm_eps,
-            max_position_embeddings=shape.max_position_embeddings,
-            rope_theta=_rope_theta(shape),
-            tie_word_embeddings=False,
-        )
+        config = Qwen3Config(**layer_shape(target, num_layers, intermediate_size, num_heads))
         taps = target_layer_ids or default_target_layers(num_layers, target.num_layers)
         drafter = cls(config, block_size, tuple(taps), mask_token_id, target.num_layers)
-        for module in drafter.modules():
-            if isinstance(module, nn.Linear):
-                nn.init.normal_(module.weight, std=config.initializer_range)
-        # The LM head expects states of the scale that the target's final norm gives.
-        # Read off its output: some families store this weight less 1.
-        with torch.no_grad():
-            ones = torch.ones(shape.hidden_size, dtype=target.dtype, device=target.device)
-            drafter.norm.weight.copy_(target.body.norm(ones))
+        draw_weights(drafter, config.initializer_range)
+        drafter.norm.weight.data.copy_(final_norm_weight(target))
         drafter.check_fits(target)
         return drafter
 
@@ -190,6 +129,7 @@ class DFlashDrafter(Drafter):
         cls,
         target: Target,
         tokenizer: PreTrainedTokenizerBase,
+        texts: object = None,
         checkpoint: str | None = None,
         num_layers: int = 5,
         block_size: int | None = None,
@@ -198,7 +138,7 @@ class DFlashDrafter(Drafter):
         target_layer_ids: list[int] | None = None,
         intermediate_size: int | None = None,
         num_heads: int | None = None,
-    ) -> DFlashDrafter:
+    ) -> Self:
         """The drafter of a checkpoint, or a fresh one, checked against the target.
 
         Args:
@@ -207,88 +147,46 @@ class DFlashDrafter(Drafter):
             default_block_size: of a fresh drafter, where ``block_size`` is None.
         """
         if checkpoint is not None:
-            drafter = cls.load(checkpoint)
-            if block_size is not None:
-                drafter.block_size = block_size
-            drafter.check_fits(target)
-            return drafter
+            return cls.load_for(target, checkpoint, block_size)
         taps = tuple(target_layer_ids) if target_layer_ids else None
         mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
         size = default_block_size if block_size is None else block_size
         return cls.for_target(target, num_layers, size, mask, taps, intermediate_size, num_heads)
 
     @classmethod
-    def load(cls, directory: str | Path) -> DFlashDrafter:
-        """Read a checkpoint in the public DFlash layout, in float32.
-
-        Raises:
-            DrafterError: if it is missing, or a tensor is missing, extra or misshapen.
-        """
-        config, extras, tensors = read_dflash(Path(directory))
-        return cls.assemble(config, extras, tensors, str(directory))
-
-    @classmethod
     def assemble(
-        cls, config: Qwen3Config, extras: dict[str, Any], tensors: dict[str, Tensor], where: str
-    ) -> DFlashDrafter:
-        """The drafter of a parsed config and its tensors, in float32.
-
-        Raises:
-            DrafterError: if a tensor is missing, extra or misshapen; ``where`` names the checkpoint.
-        """
+        cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
+    ) -> Self:
+        refuse_others(raw, tensors, where)
+        config, extras = parse_config(raw, where)
         drafter = cls(config, **extras)
-        own = {name: tuple(p.shape) for name, p in drafter.state_dict().items()}
-        found = {name: tuple(t.shape) for name, t in tensors.items()}
-        if own != found:
-            missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-            shapes = [
-                f"{n} {found[n]} instead of {own[n]}" for n in sorted(own.keys() & found.keys()) if own[n] != found[n]
-            ]
-            raise DrafterError(
-                f"The tensors of {where} are not those of its config.json. "
-                f"Missing: {missing or 'none'}; extra: {extra or 'none'}; misshapen: {shapes or 'none'}."
-            )
-        drafter.load_state_dict({name: t.float() for name, t in tensors.items()})
+        fill(drafter, tensors, where)
         return drafter
 
     def describe(self) -> dict[str, Any]:
         return describe(self)
 
-    def save(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors in the public DFlash layout."""
-        write_dflash(self, Path(directory), dtype)
+    def made_for(self) -> TargetShape:
+        return TargetShape(self.config.hidden_size, self.config.vocab_size, self.num_target_layers)
 
-    def check_fits(self, target: Target) -> None:
+    def check_fits(self, target: HasShape) -> None:
         super().check_fits(target)
-        pairs = [
-            ("hidden size", self.config.hidden_size, target.hidden_size),
-            ("vocabulary", self.config.vocab_size, target.vocab_size),
-            ("number of target layers", self.num_target_layers, target.num_layers),
-        ]
-        for what, mine, its in pairs:
-            if mine != its:
-                raise DrafterError(
-                    f"The drafter was made for a target whose {what} is {mine}, but this target's is {its}: "
-                    "use the target it was trained with, or train a new drafter (experiment=sft)."
-                )
         if not 0 <= self.mask_token_id < target.vocab_size:
             raise DrafterError(
                 f"mask_token_id {self.mask_token_id} lies outside the target's vocabulary of {target.vocab_size}: "
                 "choose an unused id inside it (drafter.mask_token_id)."
             )
 
-    def context(self, features: Tensor, positions: Tensor) -> list[tuple[Tensor, Tensor]]:
+    def context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
         """Every layer's context keys and values, ``[batch, kv_heads, n, head_dim]`` each."""
         states = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(states, positions)
         layers = (layer for layer in self.layers if isinstance(layer, DFlashLayer))
         return [layer.self_attn.keys_values(states, rotary) for layer in layers]
 
-    def replay(
-        self, target: Target, features: Tensor, anchors: Tensor, anchor_tokens: Tensor, choose: Chooser
-    ) -> Draft:
+    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
         positions = torch.arange(features.shape[1], device=features.device)[None]
-        return self._blocks(target, self.context(features, positions), anchors, anchor_tokens, choose)
+        return self._blocks(target, self.context(features, positions), anchors, ids.gather(1, anchors), choose)
 
     def start(self, capacity: int) -> list[PositionStore]:
         return [PositionStore(capacity) for _ in self.layers]
@@ -297,7 +195,9 @@ class DFlashDrafter(Drafter):
         for store in state:
             store.select(rows)
 
-    def observe(self, state: list[PositionStore], features: Tensor, positions: Tensor) -> None:
+    def observe(
+        self, target: Target, state: list[PositionStore], features: Tensor, ids: Tensor, positions: Tensor
+    ) -> None:
         for store, (keys, values) in zip(state, self.context(features, positions), strict=True):
             store.write(keys, values, positions)
 
@@ -316,7 +216,7 @@ class DFlashDrafter(Drafter):
     def _blocks(
         self,
         target: Target,
-        context: list[tuple[Tensor, Tensor]],
+        context: list[KeysValues],
         anchors: Tensor,
         anchor_tokens: Tensor,
         choose: Chooser,

@@ -1,11 +1,13 @@
-"""Bring drafters from one checkpoint format into another.
+"""Bring drafters of any kind from one checkpoint format into another.
 
     python -m draftopd.interop export runs/opd/.../checkpoints/last.ckpt OUT
     python -m draftopd.interop export runs/opd/.../drafter OUT --format speculators --target Qwen/Qwen3-8B
     python -m draftopd.interop import SPECULATORS_DIR OUT --target Qwen/Qwen3-8B
 
-`dflash` is what z-lab publishes: vLLM (`method: dflash`), SGLang (`DFLASH`) and transformers load it beside the target.
-`speculators` is vLLM's own: `vllm serve OUT`. A training checkpoint can be exported while training goes on.
+`public` is the format in which each kind of drafter is published, loaded beside the target: DFlash as z-lab does (vLLM
+`method: dflash`, SGLang `DFLASH`, transformers), EAGLE-3 as SafeAILab and SpecForge do (vLLM `method: eagle3`, SGLang
+`EAGLE3`). `speculators` is vLLM's own, with the target filled in: `vllm serve OUT`. MTP heads have this format only. A
+training checkpoint can be exported while training goes on.
 """
 
 from __future__ import annotations
@@ -17,8 +19,10 @@ from pathlib import Path
 
 import torch
 
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.dflash_format import parse_config
+from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.load import assemble, load_drafter
 from draftopd.errors import DrafterError, DraftOPDError
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
@@ -27,7 +31,7 @@ from draftopd.targets.hub import resolve
 _PREFIX = "drafter."
 
 
-def read_training_checkpoint(path: Path) -> DFlashDrafter:
+def read_training_checkpoint(path: Path) -> Drafter:
     """The drafter of a training run's ``.ckpt``, in float32.
 
     Raises:
@@ -40,39 +44,51 @@ def read_training_checkpoint(path: Path) -> DFlashDrafter:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DrafterError(f"{path} is no checkpoint of a training run, or damaged: {reason}") from error
     tensors = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
-    return DFlashDrafter.assemble(*parse_config(described, str(path)), tensors, str(path))
+    return assemble(described, tensors, str(path))
 
 
-def read_any(path: str) -> DFlashDrafter:
-    """A drafter from a DFlash directory, a run's directory, or a training checkpoint."""
+def read_any(path: str, num_target_layers: int | None = None) -> Drafter:
+    """A drafter from its directory, a run's directory, or a training checkpoint.
+
+    Args:
+        num_target_layers: depth of its target, where the drafter does not say it.
+    """
     place = Path(resolve(path))
     if place.is_file():
         return read_training_checkpoint(place)
     if (place / "drafter" / "config.json").is_file():
         place = place / "drafter"
-    return DFlashDrafter.load(place)
+    return load_drafter(place, num_target_layers)
 
 
 def export(options: argparse.Namespace) -> str:
     """Write a drafter in the format asked for; says what can be done with it."""
-    drafter, dtype = read_any(options.source), getattr(torch, options.dtype)
-    if options.format == "dflash":
+    target = TargetFiles(options.target) if options.target else None
+    drafter, dtype = read_any(options.source, target.num_layers if target else None), getattr(torch, options.dtype)
+    method = {DFlashDrafter: "dflash", Eagle3Drafter: "eagle3"}.get(type(drafter))
+    if options.format == "public":
         drafter.save(Path(options.output), dtype)
+        if method is None:
+            return f"train it on: python train.py drafter=mtp drafter.checkpoint={options.output}"
         return (
-            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "dflash", "model": "{options.output}"}}\''
+            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{method}", "model": "{options.output}", '
+            f'"num_speculative_tokens": {drafter.num_proposals}}}\''
         )
-    if options.target is None:
-        raise DrafterError("The speculators format holds the target's embedding and LM head: name it with --target.")
-    target = TargetFiles(options.target)
+    if target is None:
+        raise DrafterError("The speculators format names the target and holds its embedding: name it with --target.")
     write_speculators(drafter, Path(options.output), target, options.verifier or target.path, dtype)
     return f"serve it: vllm serve {options.output}"
 
 
 def bring_in(options: argparse.Namespace) -> str:
-    """Write a drafter in the speculators format as a DFlash directory; says what can be done with it."""
+    """Write a drafter in the speculators format in its public one; says what can be done with it."""
     drafter = read_speculators(Path(options.source), TargetFiles(options.target))
     drafter.save(Path(options.output), getattr(torch, options.dtype))
-    return f"train it: python train.py target=hf target.path={options.target} drafter.checkpoint={options.output}"
+    group = type(drafter).__name__.removesuffix("Drafter").lower()
+    return (
+        f"train it: python train.py target=hf target.path={options.target} drafter={group} "
+        f"drafter.checkpoint={options.output}"
+    )
 
 
 def main(arguments: list[str] | None = None) -> None:
@@ -82,11 +98,11 @@ def main(arguments: list[str] | None = None) -> None:
     commands = parser.add_subparsers(required=True)
     out = commands.add_parser("export", help="from draftopd to a serving engine's format")
     out.add_argument("source", help="drafter directory, run directory or .ckpt of a training run")
-    out.add_argument("--format", choices=("dflash", "speculators"), default="dflash")
+    out.add_argument("--format", choices=("public", "speculators"), default="public")
     out.add_argument("--target", help="the target's directory or hub name (for speculators)")
     out.add_argument("--verifier", help="how the server finds the target; default: --target")
     out.set_defaults(run=export)
-    into = commands.add_parser("import", help="from the speculators format to a DFlash directory")
+    into = commands.add_parser("import", help="from the speculators format to the public one")
     into.add_argument("source", help="directory in the speculators format")
     into.add_argument("--target", required=True, help="the target's directory or hub name")
     into.set_defaults(run=bring_in)

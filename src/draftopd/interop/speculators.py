@@ -1,7 +1,8 @@
-"""vLLM's ``speculators`` format: a DFlash drafter with its target's embedding and LM head filled in.
+"""vLLM's ``speculators`` format: a drafter with what it reads of its target filled in.
 
-The drafter's own tensors keep their names. Layer ids count from the embedding's output, so that layer ``i``'s
-output, DFlash's ``i``, is ``i + 1`` here.
+Reading and writing are translations to and from the drafter's public format: of ``config.json``, and of the few
+tensor names that differ. Tapped layers count from the embedding's output here, so that layer ``i``'s output is
+``i + 1``.
 """
 
 from __future__ import annotations
@@ -10,24 +11,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from draftopd.drafters import dflash_format, eagle3_format
+from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import cast, layer_fields, read_checkpoint, write_checkpoint
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.dflash_format import (
-    layer_fields,
-    parse_layers,
-    read_checkpoint,
-    refuse_variants,
-    write_checkpoint,
-)
+from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.load import assemble
+from draftopd.drafters.mtp import MTPDrafter
+from draftopd.drafters.mtp_format import describe as describe_mtp
 from draftopd.errors import DrafterError
 from draftopd.interop.target_files import TargetFiles
 
-#: Tensors that are the target's, not the drafter's.
+#: Tensors of a DFlash speculator that are the target's, not the drafter's.
 _OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight")
 
 
 def write_speculators(
-    drafter: DFlashDrafter, directory: Path, target: TargetFiles, name: str, dtype: torch.dtype = torch.bfloat16
+    drafter: Drafter, directory: Path, target: TargetFiles, name: str, dtype: torch.dtype = torch.bfloat16
 ) -> None:
     """Write a checkpoint that vLLM and speculators load by itself.
 
@@ -36,41 +38,27 @@ def write_speculators(
         name: how the server finds that model: a hub name, or a directory.
 
     Raises:
-        DrafterError: if the drafter was not made for this target, or taps its last layer.
+        DrafterError: if the drafter was not made for this target, or taps its last layer where that cannot be said.
     """
-    _check_pair(drafter, target)
-    if target.num_layers - 1 in drafter.target_layer_ids:
-        raise DrafterError(
-            f"The drafter taps the target's last layer ({target.num_layers - 1}), which the speculators format cannot "
-            "say: export it as dflash."
-        )
-    config = {
-        "architectures": ["DFlashSpeculator"],
-        "speculators_model_type": "dflash",
-        "speculators_version": "0.9.0",
-        "transformer_layer_config": layer_fields(drafter.config),
-        "draft_vocab_size": target.vocab_size,
-        "block_size": drafter.block_size,
-        "mask_token_id": drafter.mask_token_id,
-        "aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
-        "sample_from_anchor": False,
-        "speculators_config": {
-            "algorithm": "dflash",
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafter.num_proposals}],
-            "default_proposal_method": "greedy",
-            "verifier": {"name_or_path": name, "architectures": target.architectures},
-        },
-        "tie_word_embeddings": False,
-        "torch_dtype": str(dtype).removeprefix("torch."),
-    }
-    tensors = {n: t.detach().to("cpu", dtype) for n, t in drafter.state_dict().items()}
-    tensors["embed_tokens.weight"] = target.embedding().to(dtype)
-    tensors["lm_head.weight"] = target.lm_head().to(dtype).clone()
-    write_checkpoint(directory, config, tensors)
+    drafter.check_fits(target)
+    tensors = cast(drafter.state_dict(), dtype)
+    if isinstance(drafter, DFlashDrafter):
+        config = _dflash_config(drafter, target, name)
+        tensors["embed_tokens.weight"] = target.embedding().to(dtype)
+        tensors["lm_head.weight"] = target.lm_head().to(dtype).clone()
+    elif isinstance(drafter, Eagle3Drafter):
+        config = _eagle3_config(drafter, target, name)
+        tensors = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
+        tensors.setdefault("embed_tokens.weight", target.embedding().to(dtype))
+    elif isinstance(drafter, MTPDrafter):
+        config = describe_mtp(drafter, name, target.architectures)
+    else:
+        raise DrafterError(f"The speculators format has no {type(drafter).__name__}.")
+    write_checkpoint(directory, config | {"torch_dtype": str(dtype).removeprefix("torch.")}, tensors)
 
 
-def read_speculators(directory: Path, target: TargetFiles) -> DFlashDrafter:
-    """Read a DFlash drafter in the speculators format.
+def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
+    """Read a drafter in the speculators format.
 
     Args:
         target: the model it was trained for; the format does not say how deep that is.
@@ -80,50 +68,107 @@ def read_speculators(directory: Path, target: TargetFiles) -> DFlashDrafter:
     """
     raw, tensors = read_checkpoint(directory)
     kind = raw.get("speculators_model_type")
-    if kind != "dflash":
-        raise DrafterError(f"{directory} holds a speculator of type {kind}, expected dflash.")
-    layers = raw.get("transformer_layer_config")
-    if not isinstance(layers, dict):
+    if not isinstance(raw.get("transformer_layer_config"), dict):
         raise DrafterError(f"config.json of {directory} has no transformer_layer_config.")
-    config = parse_layers(layers, str(directory))
     try:
-        taps = [int(i) - 1 for i in raw["aux_hidden_state_layer_ids"]]
-        extras: dict[str, Any] = {
-            "block_size": int(raw["block_size"]),
-            "target_layer_ids": tuple(taps),
-            "mask_token_id": int(raw["mask_token_id"]),
-            "num_target_layers": target.num_layers,
-        }
-        vocabulary = int(raw.get("draft_vocab_size") or config.vocab_size)
-    except (KeyError, TypeError, ValueError) as error:
+        if kind == "dflash":
+            raw = _from_dflash(raw, tensors, target, directory)
+            tensors = {name: tensor for name, tensor in tensors.items() if name not in _OF_THE_TARGET}
+        elif kind == "eagle3":
+            raw, tensors = _from_eagle3(raw, tensors, target)
+        elif kind != "mtp":
+            raise DrafterError(f"{directory} holds a speculator of type {kind}, expected dflash, eagle3 or mtp.")
+    except (KeyError, IndexError, TypeError, ValueError) as error:
         raise DrafterError(f"config.json of {directory} lacks or garbles {error}.") from error
-    if vocabulary != config.vocab_size or "d2t" in tensors or "t2d" in tensors:
+    drafter = assemble(raw, tensors, str(directory), target.num_layers)
+    drafter.check_fits(target)
+    return drafter
+
+
+def _common(drafter: Drafter, algorithm: str, target: TargetFiles, name: str) -> dict[str, Any]:
+    return {
+        "speculators_model_type": algorithm,
+        "speculators_version": "0.9.0",
+        "speculators_config": {
+            "algorithm": algorithm,
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafter.num_proposals}],
+            "default_proposal_method": "greedy",
+            "verifier": {"name_or_path": name, "architectures": target.architectures},
+        },
+        "tie_word_embeddings": False,
+    }
+
+
+def _dflash_config(drafter: DFlashDrafter, target: TargetFiles, name: str) -> dict[str, Any]:
+    if target.num_layers - 1 in drafter.target_layer_ids:
+        raise DrafterError(
+            f"The drafter taps the target's last layer ({target.num_layers - 1}), which the speculators format cannot "
+            "say: export it in its public format."
+        )
+    return {
+        "architectures": ["DFlashSpeculator"],
+        **_common(drafter, "dflash", target, name),
+        "transformer_layer_config": layer_fields(drafter.config),
+        "draft_vocab_size": target.vocab_size,
+        "block_size": drafter.block_size,
+        "mask_token_id": drafter.mask_token_id,
+        "aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
+        "sample_from_anchor": False,
+    }
+
+
+def _from_dflash(
+    raw: dict[str, Any], tensors: dict[str, Tensor], target: TargetFiles, directory: Path
+) -> dict[str, Any]:
+    layers = raw["transformer_layer_config"]
+    vocabulary = int(raw.get("draft_vocab_size") or layers["vocab_size"])
+    if vocabulary != layers["vocab_size"] or "d2t" in tensors or "t2d" in tensors:
         raise DrafterError(f"{directory} drafts over a reduced vocabulary of {vocabulary}, which DFlash here does not.")
     if raw.get("sample_from_anchor"):
         raise DrafterError(
             f"{directory} also drafts at the anchor's slot (sample_from_anchor), which DFlash here does not."
         )
+    taps = [int(i) - 1 for i in raw["aux_hidden_state_layer_ids"]]
     if min(taps, default=-1) < 0:
         raise DrafterError(f"{directory} reads the target's embedding (layer id 0), which is no layer's output.")
-    refuse_variants(tensors, directory)
-    own = {name: tensor for name, tensor in tensors.items() if name not in _OF_THE_TARGET}
-    drafter = DFlashDrafter.assemble(config, extras, own, str(directory))
-    _check_pair(drafter, target)
-    return drafter
+    return {
+        **layers,
+        "architectures": [dflash_format.ARCHITECTURE],
+        "block_size": raw["block_size"],
+        "num_target_layers": target.num_layers,
+        "dflash_config": {"mask_token_id": raw["mask_token_id"], "target_layer_ids": taps},
+    }
 
 
-def _check_pair(drafter: DFlashDrafter, target: TargetFiles) -> None:
-    pairs = (
-        ("hidden size", drafter.config.hidden_size, target.hidden_size),
-        ("vocabulary", drafter.config.vocab_size, target.vocab_size),
-        ("number of target layers", drafter.num_target_layers, target.num_layers),
-    )
-    for what, mine, its in pairs:
-        if mine != its:
-            raise DrafterError(
-                f"The drafter was made for a target whose {what} is {mine}, but that of {target.path} is {its}: name "
-                "the target it was trained with."
-            )
-    last = max(drafter.target_layer_ids)
-    if last >= target.num_layers:
-        raise DrafterError(f"The drafter reads target layer {last}, but {target.path} has {target.num_layers} layers.")
+def _eagle3_config(drafter: Eagle3Drafter, target: TargetFiles, name: str) -> dict[str, Any]:
+    return {
+        "architectures": ["Eagle3Speculator"],
+        **_common(drafter, "eagle3", target, name),
+        "transformer_layer_config": layer_fields(drafter.config),
+        "draft_vocab_size": drafter.draft_vocab_size,
+        "target_hidden_size": drafter.target_hidden_size,
+        "norm_before_residual": drafter.norm_before_residual,
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
+    }
+
+
+def _from_eagle3(
+    raw: dict[str, Any], tensors: dict[str, Tensor], target: TargetFiles
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    own = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "eagle_aux_hidden_state_layer_ids")
+    variants = ("fc_norm", "norm_before_fc", "norm_output")
+    proposals = int(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+    config = {
+        **raw["transformer_layer_config"],
+        **{name: raw[name] for name in (*own, *variants) if raw.get(name) is not None},
+        "architectures": [eagle3_format.ARCHITECTURES[0]],
+        "block_size": proposals + 1,
+        "num_target_layers": target.num_layers,
+    }
+    tensors = {n.replace("layers.0.", "midlayer."): t for n, t in tensors.items() if not n.startswith("verifier_")}
+    embedding = tensors.get("embed_tokens.weight")
+    if embedding is not None:
+        theirs = target.embedding().to(embedding.dtype)
+        if embedding.shape == theirs.shape and torch.equal(embedding, theirs):
+            del tensors["embed_tokens.weight"]  # the target's, filled in
+    return config, tensors

@@ -153,14 +153,16 @@ class DecodeFreeRollout(TargetRollout):
         )
 
     def collect(self, request: Request) -> Iterator[list[Recorded]]:
+        drafter = request.drafter
+        assert drafter is not None
         pool: list[Recorded] = []
         for batch in super().collect(request):
             pool += batch
             if len(pool) >= POOL * self.batch_size:
-                yield self.anchored(request.target, request.drafter, pool, request.seed)
+                yield self.anchored(request.target, drafter, pool, request.seed)
                 pool = []
         if pool:
-            yield self.anchored(request.target, request.drafter, pool, request.seed)
+            yield self.anchored(request.target, drafter, pool, request.seed)
 
     def anchored(self, target: Target, drafter: Drafter, records: Sequence[Recorded], seed: int) -> list[Recorded]:
         """The same texts, in the same order, with this drafter's anchors.

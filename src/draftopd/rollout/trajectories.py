@@ -49,7 +49,7 @@ class Request:
     """What a refresh asks for: the texts of one stretch of prompts.
 
     Args:
-        target, drafter, tokenizer: as they are now.
+        target, drafter, tokenizer: as they are now; no drafter before there is one.
         prompts: gives the stretch's prompts as token ids.
         places: the stretch in the endless stream of prompts; in distributed runs each rank asks for its share.
         stop: token ids that end a response.
@@ -61,7 +61,7 @@ class Request:
     """
 
     target: Target
-    drafter: Drafter
+    drafter: Drafter | None
     tokenizer: PreTrainedTokenizerBase
     prompts: Callable[[], list[list[int]]]
     places: range

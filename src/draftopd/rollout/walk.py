@@ -117,12 +117,13 @@ class Walker:
         if len(rows) > self.parallel_below:
             width = texts.ids.shape[1]
             state = drafter.start(width)
-            drafter.observe(state, texts.features, torch.arange(width, device=texts.ids.device).expand_as(texts.ids))
+            every = torch.arange(width, device=texts.ids.device).expand_as(texts.ids)
+            drafter.observe(target, state, texts.features, texts.ids, every)
             if len(rows) < len(texts.ids):
                 drafter.select(state, rows)
             while len(rows) > self.parallel_below:
                 block = _Block(texts, rows, anchors[:, None], drafter.num_proposals)
-                choose = self._chooser(target.head, texts, block, luck)
+                choose = self._chooser(target, drafter, texts, block, luck)
                 visible = int(anchors.max())
                 tokens = drafter.draft(target, state, anchors, block.tokens[:, 0], visible, choose).tokens
                 accepted = block.agreement(tokens)
@@ -154,22 +155,24 @@ class Walker:
         last = texts.lengths[rows] - 2
         count = int((last - anchors).max()) + 1
         step = max(1, self.blocks_at_once // len(rows))
-        features = texts.features[rows]
+        features, ids = texts.features[rows], texts.ids[rows]
         for begin in range(0, count, step):
             offsets = torch.arange(begin, min(begin + step, count), device=rows.device)
             places = torch.minimum(anchors[:, None] + offsets, last[:, None])
             block = _Block(texts, rows, places, drafter.num_proposals)
-            choose = self._chooser(target.head, texts, block, luck)
-            tokens = drafter.replay(target, features, places, block.tokens, choose).tokens
+            choose = self._chooser(target, drafter, texts, block, luck)
+            tokens = drafter.replay(target, features, ids, places, choose).tokens
             trail.add_every(rows, anchors + begin, tokens, block.agreement(tokens))
 
-    def _chooser(self, head: LMHead, texts: Texts, block: _Block, luck: Tensor | None) -> Chooser:
+    def _chooser(self, target: Target, drafter: Drafter, texts: Texts, block: _Block, luck: Tensor | None) -> Chooser:
         """How proposals are picked: the drafter's best token, or the coupling's."""
+        head = drafter.head(target)
         if luck is None:
             return lambda hidden: best_tokens(hidden, head)
         assert texts.states is not None
         offsets = block.places - texts.starts[block.rows, None]
-        return _CoupledChoice(head, self.sampling, texts.states, block, luck[block.rows[:, None], offsets])
+        luck = luck[block.rows[:, None], offsets]
+        return _CoupledChoice(head, target.head, self.sampling, texts.states, block, luck)
 
 
 class _Block:
@@ -192,9 +195,11 @@ class _Block:
 class _CoupledChoice:
     """Picks the proposals of successive slots by the reverse coupling, in chunks of the vocabulary's size."""
 
-    def __init__(self, head: LMHead, sampling: Sampling, states: Tensor, block: _Block, luck: Tensor) -> None:
-        self.head, self.sampling, self.block, self.luck = head, sampling, block, luck
-        self.states = states
+    def __init__(
+        self, head: LMHead, target_head: LMHead, sampling: Sampling, states: Tensor, block: _Block, luck: Tensor
+    ) -> None:
+        self.head, self.target_head, self.sampling = head, target_head, sampling
+        self.states, self.block, self.luck = states, block, luck
         self.slot = 0
         self.agreed = torch.ones_like(block.places, dtype=torch.bool)
 
@@ -210,11 +215,11 @@ class _CoupledChoice:
         luck, agreed = self.luck[..., part, :].flatten(0, 1), self.agreed.flatten()
         drafted = hidden.flatten(0, 1)
         tokens = torch.empty_like(labels)
-        chunk = max(1, CHUNK_ELEMENTS // (self.head.weight.shape[0] * n))
+        chunk = max(1, CHUNK_ELEMENTS // (self.target_head.weight.shape[0] * n))
         for begin in range(0, len(labels), chunk):
             few = slice(begin, begin + chunk)
-            q = self.sampling.probabilities(self.head.logits(drafted[few]))
-            p = self.sampling.probabilities(self.head.logits(self.states[rows[few, None], before[few]]))
+            q = self.sampling.probabilities(self.head.target_logits(drafted[few]))
+            p = self.sampling.probabilities(self.target_head.logits(self.states[rows[few, None], before[few]]))
             tokens[few], agreed[few] = couple(labels[few], recorded[few], q, p, luck[few], agreed[few])
         self.agreed = agreed.view_as(self.agreed)
         return tokens.view(hidden.shape[:-1])

@@ -107,12 +107,15 @@ class Target(nn.Module):
         return target.to(device) if device else target
 
     def tap(self, layers: tuple[int, ...]) -> Target:
-        """Choose the layers whose outputs later readings carry; only these are kept."""
-        blocks = self.body.layers
+        """Choose the layers whose outputs later readings carry; only these are kept.
+
+        The number of layers itself stands for the states after the final norm.
+        """
+        blocks = [*self.body.layers, self.body.norm]
         wrong = [i for i in layers if not 0 <= i < len(blocks)]
         if wrong:
             raise TargetError(
-                f"The drafter reads target layers {wrong}, but the target has layers 0 to {len(blocks) - 1}: "
+                f"The drafter reads target layers {wrong}, but the target has layers 0 to {self.num_layers - 1}: "
                 "use a drafter trained for this target, or other drafter.target_layer_ids."
             )
         for hook in self._hooks:

@@ -1,0 +1,110 @@
+"""Every drafter with every loss, in both stages, under every verification rule: the table of docs/combinations.md."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from hydra.utils import instantiate
+from omegaconf import OmegaConf
+
+from draftopd.decoding.generate import Decoder
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verification
+from draftopd.drafters.base import Drafter
+from draftopd.losses.base import Loss
+from draftopd.replay import ReplayBatch, replay
+from draftopd.rollout.anchors import AnchorPolicy
+from draftopd.targets.target import Target
+from tests.cli.conftest import ROOT
+from tests.test_replay import as_batch
+
+DRAFTERS = ("dflash", "eagle3_reduced", "mtp")
+LOSSES = tuple(sorted(path.stem for path in (ROOT / "configs" / "loss").glob("*.yaml")))
+RULES: dict[str, tuple[Sampling, Verification]] = {
+    "greedy": (Sampling(), "rejection_sampling"),
+    "rejection_sampling": (Sampling(1.0, top_p=0.95), "rejection_sampling"),
+    "target_only": (Sampling(1.0, top_p=0.95), "target_only"),
+}
+STEPS = 12
+
+
+def make_loss(name: str, stage: str) -> Loss:
+    """The loss as configured; in SFT, where it distils, on the recorded text."""
+    config = OmegaConf.load(ROOT / "configs" / "loss" / f"{name}.yaml")
+    if stage == "sft" and "teacher_on" in config:
+        config.teacher_on = "recorded"
+    return instantiate(config)
+
+
+def texts(target: Target, drafter: Drafter, rule: str, stage: str) -> ReplayBatch:
+    """Recorded sequences: the target's own with random anchors, or speculative decoding with visited ones."""
+    sampling, verification = RULES[rule]
+    prompts = [torch.randint(0, 60, (4 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
+    generator = torch.Generator().manual_seed(2)
+    decoder = Decoder(target, None if stage == "sft" else drafter, sampling, verification, max_new_tokens=24)
+    decoded = decoder.decode_batch(prompts, generator)
+    if stage == "sft":
+        target.tap(drafter.target_layer_ids)
+        policy = AnchorPolicy("random", 8, drafter.num_proposals)
+        chosen = [policy.choose([], [], len(d.prompt), len(d.tokens), generator) for d in decoded]
+        return as_batch(decoded).at(chosen, -1)
+    return as_batch(decoded)
+
+
+@pytest.mark.parametrize("rule", RULES)
+@pytest.mark.parametrize("stage", ["sft", "opd"])
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_each_combination_learns(
+    drafts: str, name: str, stage: str, rule: str, target: Target, make_any: Callable[..., Drafter]
+) -> None:
+    """A few steps on one batch lower its loss; every weight has part in it."""
+    drafter, loss = make_any(drafts, target), make_loss(name, stage)
+    sampling, verification = RULES[rule]
+    batch = texts(target, drafter, rule, stage)
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
+    values = []
+    for _ in range(STEPS):
+        blocks = replay(
+            target, drafter, batch, sampling, frozenset({5}), loss.teacher,
+            torch.Generator().manual_seed(3), verification=verification,
+        )  # fmt: skip
+        value = loss(blocks).loss
+        values.append(float(value.detach()))
+        optimizer.zero_grad()
+        value.backward()
+        assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters() if p.requires_grad)
+        optimizer.step()
+    assert any(p.grad.abs().sum() > 0 for p in drafter.parameters())
+    assert min(values[-3:]) < values[0], values
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_each_drafter_is_lossless_after_learning(drafts: str, target: Target, make_any: Callable[..., Drafter]) -> None:
+    """Trained on one text until it is accepted, then decoded token for token as without it."""
+    drafter = make_any(drafts, target)
+    batch = texts(target, drafter, "greedy", "opd")
+    optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = make_loss("cross_entropy", "opd")
+        loss(replay(target, drafter, batch, Sampling(), frozenset(), loss.teacher)).loss.backward()
+        optimizer.step()
+    prompts = [ids[:start].tolist() for ids, start in zip(batch.ids, batch.starts.tolist(), strict=True)]
+    found = Decoder(target, drafter.eval(), max_new_tokens=24).decode_batch(prompts)
+    plain = Decoder(target, None, max_new_tokens=24).decode_batch(prompts)
+    assert [d.response for d in found] == [d.response for d in plain]
+    accepted = sum(n for d in found for n in d.accepted) / sum(len(d.accepted) for d in found)
+    assert accepted > 0.5
+
+
+def test_the_table_in_the_docs_is_this_one() -> None:
+    text = (ROOT / "docs" / "combinations.md").read_text()
+    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    assert [row.split("`")[1] for row in rows] == list(LOSSES)
+    assert all(row.count("yes") == 2 * len(DRAFTERS) for row in rows)
+    for kind in (Path(p).stem for p in (ROOT / "configs" / "drafter").glob("*.yaml")):
+        assert f"`{kind}`" in text
