@@ -14,7 +14,7 @@ CONFIGS = Path(__file__).parent / "configs"
 
 @hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="eval")
 def main(config: DictConfig) -> None:
-    app.guarded(evaluate, config, interrupted="No results were written.")
+    app.guarded(evaluate, config)
 
 
 def evaluate(config: DictConfig) -> None:

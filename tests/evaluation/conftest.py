@@ -2,16 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 
 import pytest
 from transformers import PreTrainedTokenizerBase
 
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.evaluation.benchmark import ReasoningBenchmark
-from draftopd.evaluation.runner import Evaluation, PromptResult, evaluate
+from draftopd.evaluation.benchmark import Example, ReasoningBenchmark
+from draftopd.evaluation.results import Evaluation, PromptResult
+from draftopd.evaluation.runner import ExampleResults, evaluate
 from draftopd.evaluation.settings import Settings
 from draftopd.targets.target import Target, load_tokenizer
+
+Pair = tuple[Target, DFlashDrafter, list[list[int]], frozenset[int]]
+EvaluateAll = Callable[..., dict[str, Evaluation]]
+
+
+def gather(
+    batches: Iterable[Sequence[ExampleResults]], drafters: dict[str, Drafter], settings: Settings, tolerance: float
+) -> dict[str, Evaluation]:
+    """By drafter, what :func:`evaluate` gave batch by batch."""
+    done = [example for batch in batches for example in batch]
+    return {
+        name: Evaluation(
+            "reasoning", drafter.block_size, settings, [turn for example in done for turn in example[name]], name,
+            tolerance,
+        )
+        for name, drafter in drafters.items()
+    }  # fmt: skip
 
 
 @pytest.fixture(scope="session")
@@ -19,18 +38,35 @@ def bundled_tokenizer() -> PreTrainedTokenizerBase:
     return load_tokenizer("bundled:tiny_target")
 
 
-@pytest.fixture
-def evaluate_bundled(
-    bundled_pair: tuple[Target, DFlashDrafter, list[list[int]], frozenset[int]],
-    bundled_tokenizer: PreTrainedTokenizerBase,
-) -> Callable[..., Evaluation]:
-    """Evaluates the bundled drafter, or another, on the first problems; keywords go to :class:`Settings`."""
-    target, bundled, _, stop = bundled_pair
+@pytest.fixture(scope="session")
+def bundled_drafters(bundled_pair: Pair) -> dict[str, Drafter]:
+    """Both bundled drafters, by name."""
+    return {"sft": bundled_pair[1], "opd": DFlashDrafter.load("bundled:tiny_dflash_opd").eval()}
 
-    def run(drafter: DFlashDrafter = bundled, **values) -> Evaluation:
+
+@pytest.fixture
+def evaluate_all(bundled_pair: Pair, bundled_tokenizer: PreTrainedTokenizerBase) -> EvaluateAll:
+    """Evaluates drafters by name, on the first problems or given examples; keywords go to :class:`Settings`."""
+    target, _, _, stop = bundled_pair
+
+    def run(
+        drafters: dict[str, Drafter], examples: list[Example] | None = None, **values: object
+    ) -> dict[str, Evaluation]:
         settings = Settings(**{"limit": 3, "max_new_tokens": 24} | values)
-        examples = ReasoningBenchmark().examples(settings.limit)
-        return evaluate(target, drafter, bundled_tokenizer, "reasoning", examples, stop, settings)
+        if examples is None:
+            examples = ReasoningBenchmark().examples(settings.limit)
+        batches = evaluate(target, drafters, bundled_tokenizer, "reasoning", examples, stop, settings)
+        return gather(batches, drafters, settings, settings.tolerance(target.dtype))
+
+    return run
+
+
+@pytest.fixture
+def evaluate_bundled(bundled_pair: Pair, evaluate_all: EvaluateAll) -> Callable[..., Evaluation]:
+    """Evaluates the bundled drafter, or another, on the first problems; keywords go to :class:`Settings`."""
+
+    def run(drafter: Drafter = bundled_pair[1], **values: object) -> Evaluation:
+        return evaluate_all({"drafter": drafter}, **values)["drafter"]
 
     return run
 

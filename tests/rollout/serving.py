@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-#: ``(method, path, body, headers) -> (status, answer)``
+#: ``(method, path, body, headers) -> (status, answer)``; a string is sent as it is, anything else as JSON.
 Answer = Callable[[str, str, Any, Any], tuple[int, Any]]
 
 FAULTS = ("cut", "500", "429", "slow", "drip", "truncated", "garbage", "half")
@@ -30,6 +30,7 @@ class Server:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
+            disable_nagle_algorithm = True  # head and body go out at once, not 40 ms apart
 
             def do_GET(self) -> None:
                 self.reply(*outer.answer("GET", self.path, None, self.headers))
@@ -51,7 +52,7 @@ class Server:
                         outer._at_once -= 1
 
             def reply(self, status: int, answer: Any, **headers: str) -> None:
-                content = json.dumps(answer).encode()
+                content = (answer if isinstance(answer, str) else json.dumps(answer)).encode()
                 self.send_response(status)
                 for name, value in headers.items():
                     self.send_header(name.replace("_", "-"), value)

@@ -17,11 +17,11 @@ import torch
 from tests.rollout.conftest import MakeRequest
 from tests.rollout.serving import FAULTS, Answer, Server, passing_on, serving
 
+from draftopd import connection as module
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, PromptError, ServerError
-from draftopd.rollout import server as module
 from draftopd.rollout.origin import excess_surprise
 from draftopd.rollout.server import ServerTrajectories
 from draftopd.rollout.trajectories import Request, Trajectory

@@ -9,33 +9,8 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.decoding.generate import Decoded
+from draftopd.draft_text import as_markdown, blocks_of
 from draftopd.module import DraftModule
-
-
-def mark_blocks(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """Markdown of one decode: accepted proposals bold, the target's token as code, rejected ones italic."""
-
-    def show(tokens: list[int]) -> str:
-        text = str(tokenizer.decode(tokens))
-        for plain, marked in (("\\", "\\\\"), ("*", "\\*"), ("_", "\\_"), ("~", "\\~"), ("<", "&lt;"), ("\n", "⏎")):
-            text = text.replace(plain, marked)
-        return text.strip() or "␣" * len(text)
-
-    lines = ["| block | accepted | correction or bonus | rejected | n |", "|---|---|---|---|---|"]
-    start = 1
-    for i, (n, emitted) in enumerate(zip(decoded.accepted, decoded.emitted, strict=True)):
-        kept = decoded.response[start : start + emitted]
-        accepted, token = kept[:n], kept[n:]
-        rejected = decoded.proposals[i][n:]
-        cells = [
-            f"**{show(accepted)}**" if accepted else "",
-            f"`{show(token)}`" if token else "",
-            f"*{show(rejected)}*" if rejected and token else "",
-        ]
-        lines.append(f"| {i + 1} | {' | '.join(c.replace('|', '&#124;') for c in cells)} | {n} |")
-        start += emitted
-    return "\n".join(lines)
 
 
 class DraftViewer(L.Callback):
@@ -64,7 +39,9 @@ class DraftViewer(L.Callback):
             return
         step = trainer.global_step
         texts = (
-            [mark_blocks(d, self.tokenizer) for d in pl_module.decoder().decode_batch(self.shown)] if self.shown else []
+            [as_markdown(blocks_of(d, self.tokenizer)) for d in pl_module.decoder().decode_batch(self.shown)]
+            if self.shown
+            else []
         )
         positions = torch.arange(1, len(counts) + 1)
         for logger in loggers:

@@ -32,11 +32,8 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
 CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
 
 
-def guarded(action: Callable[[DictConfig], None], config: DictConfig, interrupted: str = CONTINUES) -> None:
-    """Run a command; an error the user can act on is printed as one message, with exit status 1.
-
-    ``interrupted`` says what Ctrl-C left behind.
-    """
+def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
+    """Run a command; an error the user can act on is printed as one message, with exit status 1."""
     from draftopd.cli.check import check
     from draftopd.errors import DraftOPDError
 
@@ -53,7 +50,7 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig, interrupte
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
-        sys.exit(f"Stopped. {interrupted}")
+        sys.exit(f"Stopped. {CONTINUES}")
 
 
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
@@ -67,8 +64,10 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
         options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
         if option == "null":
             return f"{group}=null is not Hydra's way: write ~{group} to leave the group out."
-        if option and option not in options and "," not in option:
-            return f"{group}={option} does not exist: {nearest(option, options)}"
+        several = option.startswith("[") and option.endswith("]")
+        for part in option[1:-1].split(",") if several else [option]:
+            if part.strip() and part.strip() not in options and (several or "," not in part):
+                return f"{group}={option} does not exist: {nearest(part.strip(), options)}"
     for override in overrides:
         try:
             OverridesParser.create().parse_override(override)

@@ -2,54 +2,138 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+import hashlib
+import logging
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.cli.check import check, check_value
 from draftopd.cli.record import describe
+from draftopd.data.prompts import PromptEncoder
+from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
-from draftopd.errors import DrafterError
-from draftopd.evaluation.benchmark import Benchmark
-from draftopd.evaluation.report import print_evaluation, write_evaluation
-from draftopd.evaluation.runner import Evaluation, evaluate
+from draftopd.errors import ConfigError, DrafterError
+from draftopd.evaluation.benchmark import Benchmark, Example
+from draftopd.evaluation.cost import measure, predict, predict_bandwidth
+from draftopd.evaluation.page import write_page
+from draftopd.evaluation.report import Expected, Report, print_report, write_json, write_tables
+from draftopd.evaluation.results import Evaluation
+from draftopd.evaluation.runner import evaluate
+from draftopd.evaluation.served import Asking, Served, ServerEngine
+from draftopd.evaluation.served_report import print_served, write_served
 from draftopd.evaluation.settings import Settings
+from draftopd.evaluation.store import ResultStore
+from draftopd.evaluation.tensorboard import write_tensorboard
 from draftopd.targets.hub import resolve
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
 
-def run(config: DictConfig) -> Evaluation:
-    """Evaluate as configured; ``results.json`` goes to Hydra's run directory.
+def run(config: DictConfig) -> Report | list[Served]:
+    """Evaluate as configured; everything found goes to Hydra's run directory.
 
     Raises:
-        DraftOPDError: with one clear message, for anything the user can mend; for settings, benchmark
+        DraftOPDError: with one clear message, for anything the user can mend; for settings, benchmarks
             and a missing checkpoint before the target is loaded.
     """
     transformers.utils.logging.disable_progress_bar()
     settings = read_settings(config)
-    require_checkpoint(config.checkpoint)
+    if "_target_" in config.engine:
+        return run_served(config, settings)
+    checkpoints = name_checkpoints(config.checkpoint)
     check_value(config.block_size, PositiveInt | None, "block_size")
-    benchmark: Benchmark = instantiate(config.benchmark)
-    examples = benchmark.examples(settings.limit)
+    suites = read_benchmarks(config, settings.limit)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
-    drafter = load_for(target, config.checkpoint, config.block_size)
-    drafter.to(target.device).eval()
-    with rollout_progress(len(examples), label=f"Evaluating {benchmark.name}") as advance:
-        result = evaluate(
-            target, drafter, tokenizer, benchmark.name, examples, stop_tokens(target, tokenizer), settings, advance
-        )
-    print_evaluation(result)
-    path = Path(HydraConfig.get().runtime.output_dir) / "results.json"
-    write_evaluation(result, path, describe(config))
-    print(f"Every prompt's figures: {path}")
-    return result
+    drafters = {name: load_for(target, path, config.block_size) for name, path in checkpoints.items()}
+    for drafter in drafters.values():
+        drafter.to(target.device).eval()
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    identity = {
+        "target": target.fingerprint(), "settings": asdict(settings), "checkpoints": checkpoints,
+        "block_size": config.block_size, "examples": {name: _digest(examples) for name, examples in suites.items()},
+    }  # fmt: skip
+    store = ResultStore(directory, identity)
+    stop = stop_tokens(target, tokenizer)
+    with rollout_progress(sum(map(len, suites.values())), label="Evaluating") as advance:
+        for name, examples in suites.items():
+            left = [example for example in examples if (name, example.id) not in store.done]
+            advance(len(examples) - len(left), 0)
+            waiting = iter(left)
+            shown = {example.id for example in examples[: settings.shown]}
+            run_ = evaluate(target, drafters, tokenizer, name, left, stop, settings, advance, shown) if left else ()
+            for batch in run_:
+                for results in batch:
+                    store.add(name, next(waiting).id, results)
+    report = assemble(config, target, drafters, store, suites, settings)
+    print_report(report)
+    write_json(report, directory / "results.json", describe(config))
+    write_tables(report, directory)
+    write_page(report, directory / "report.html")
+    write_tensorboard(report, directory / "tensorboard")
+    print(f"Report with plots: {directory / 'report.html'}; tables, every prompt's figures, TensorBoard beside it.")
+    return report
+
+
+def run_served(config: DictConfig, settings: Settings) -> list[Served]:
+    """Evaluate a running server; no target is loaded here, only its tokenizer.
+
+    Raises:
+        DraftOPDError: with one clear message, for anything the user can mend.
+    """
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line a request, else
+    engine: ServerEngine = instantiate(config.engine, _convert_="all")
+    suites = read_benchmarks(config, settings.limit)
+    tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+    encoder = PromptEncoder(tokenizer, settings.thinking)
+    stop = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
+    asking = Asking(settings.sampling, settings.max_new_tokens, stop, settings.seed)
+    found: list[Served] = []
+    with rollout_progress(sum(map(len, suites.values())) * len(engine.concurrency), label="Evaluating") as advance:
+        for name, examples in suites.items():
+            prompts = [encoder.encode(example.messages) for example in examples]
+            found += engine.evaluate(name, prompts, asking, advance)
+    directory = Path(HydraConfig.get().runtime.output_dir)
+    print_served(found)
+    write_served(found, directory, describe(config))
+    print(f"Figures: {directory / 'served.json'}, table: {directory / 'table.md'}")
+    return found
+
+
+def assemble(
+    config: DictConfig,
+    target: Target,
+    drafters: Mapping[str, Drafter],
+    store: ResultStore,
+    suites: Mapping[str, list[Example]],
+    settings: Settings,
+) -> Report:
+    """The report of what the store holds, with the costs of a step measured now."""
+    results, expected = [], []
+    tolerance = settings.tolerance(target.dtype)
+    for benchmark in suites:
+        done = store.of(benchmark)
+        for name, drafter in drafters.items():
+            prompts = [turn for example in done for turn in example[name]]
+            results.append(Evaluation(benchmark, drafter.block_size, settings, prompts, name, tolerance))
+    for name, drafter in drafters.items():
+        own = [r for r in results if r.drafter == name]
+        prompts = [p for r in own for p in r.prompts]
+        accepted = [n for r in own for n in r.whole_blocks().tolist()]
+        if accepted:
+            context = sum(p.prompt_tokens + p.response_tokens // 2 for p in prompts) // len(prompts)
+            costs = measure(target, drafter, context, settings.batch_size)
+            expected.append(Expected(name, predict(costs, accepted), predict_bandwidth(target, drafter, accepted)))
+    return Report(str(config.target.path), results, expected)
 
 
 def read_settings(config: DictConfig) -> Settings:
@@ -63,14 +147,72 @@ def read_settings(config: DictConfig) -> Settings:
     return Settings(**values)
 
 
-def require_checkpoint(checkpoint: str | None) -> None:
-    """Refuse to go on without a drafter's directory: a fresh drafter has nothing to evaluate.
+def read_benchmarks(config: DictConfig, limit: int | None) -> dict[str, list[Example]]:
+    """The examples of every benchmark chosen, by its name.
 
     Raises:
-        DrafterError: saying what to name instead.
+        ConfigError: if one file is named for several.
     """
-    if checkpoint is None:
+    chosen = {key: node for key, node in config.benchmark.items() if key != "path"}
+    if config.benchmark.path is not None and len(chosen) > 1:
+        raise ConfigError(
+            f"benchmark.path names one file, but {' and '.join(map(str, chosen))} were chosen: name each one's, "
+            f"benchmark.{next(iter(chosen))}.path=FILE."
+        )
+    benchmarks: list[Benchmark] = [instantiate(node) for node in chosen.values()]
+    return {benchmark.name: _told_apart(benchmark.examples(limit)) for benchmark in benchmarks}
+
+
+def _told_apart(examples: list[Example]) -> list[Example]:
+    """The same with another id where one comes twice."""
+    seen: Counter[str] = Counter()
+    found = []
+    for example in examples:
+        seen[example.id] += 1
+        number = seen[example.id]
+        found.append(example if number == 1 else replace(example, id=f"{example.id}#{number}"))
+    return found
+
+
+def _digest(examples: list[Example]) -> str:
+    """Tells lists of examples apart."""
+    return hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest()
+
+
+def name_checkpoints(given: Any) -> dict[str, str]:
+    """The drafters to evaluate, by name: one directory, a list of them, or names with directories.
+
+    Raises:
+        ConfigError: for anything else.
+        DrafterError: if there is none, or one is no drafter's directory: a fresh drafter has nothing to evaluate.
+    """
+    given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
+    if isinstance(given, dict):
+        named = {str(name): path for name, path in given.items()}
+    else:
+        named = {}
+        for path in given if isinstance(given, list) else [given] if given is not None else []:
+            named[_name(str(path), named)] = path
+    if not named:
         raise DrafterError("There is no drafter to evaluate: name one with checkpoint=DIR.")
+    for path in named.values():
+        if not isinstance(path, str):
+            raise ConfigError(f"checkpoint={given!r} does not fit: write DIR, [DIR,DIR] or {{name: DIR}}.")
+        _require(path)
+    return named
+
+
+def _name(path: str, taken: Mapping[str, str]) -> str:
+    """A short name: the directory's own, or that of the run it lies in."""
+    parts = [part for part in path.removeprefix("bundled:").split("/") if part not in ("", ".", "drafter")]
+    name = parts[-1] if parts else path
+    number = 2
+    while name in taken:
+        name, number = f"{parts[-1] if parts else path}_{number}", number + 1
+    return name
+
+
+def _require(checkpoint: str) -> None:
     directory = Path(resolve(checkpoint))
     if (directory / "config.json").is_file():
         return

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -96,28 +97,36 @@ class HubPrompts(ListedPrompts):
 
 def read_jsonl(path: Path, field: str, limit: int | None = None, group: str = "data.train_prompts") -> list[Messages]:
     """See :class:`JsonlPrompts`; ``group`` is the configuration group that errors point to."""
+    return [_messages(row, field, where, group) for where, row in islice(read_rows(path, group), limit)]
+
+
+def read_rows(path: Path, group: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a JSON-lines file, each with where it stands; ``group`` is the configuration group of the path.
+
+    Raises:
+        PromptError: naming file, line and what is wrong with it.
+    """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        # Not splitlines: a text may hold other separators.
+        lines = path.read_text(encoding="utf-8").split("\n")
     except FileNotFoundError as error:
         raise PromptError(f"No prompt file {path}: name a JSON-lines file ({group}.path=FILE).") from error
     except (OSError, UnicodeDecodeError) as error:
         raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
-    conversations: list[Messages] = []
     for number, line in enumerate(lines, start=1):
-        if len(conversations) == limit:
-            break
-        if line.strip():
-            conversations.append(_parse(line, field, f"{path}, line {number}", group))
-    return conversations
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise PromptError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
+        if not isinstance(row, dict):
+            raise PromptError(f"{where} holds a {type(row).__name__}, expected an object.")
+        yield where, row
 
 
-def _parse(line: str, field: str, where: str, group: str) -> Messages:
-    try:
-        row = json.loads(line)
-    except json.JSONDecodeError as error:
-        raise PromptError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
-    if not isinstance(row, dict):
-        raise PromptError(f"{where} holds a {type(row).__name__}, expected an object with {field!r} or 'messages'.")
+def _messages(row: dict[str, Any], field: str, where: str, group: str) -> Messages:
     if "messages" in row:
         messages = row["messages"]
         good = (

@@ -13,11 +13,16 @@ from draftopd.errors import PromptError
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt; ``answer`` is the right number where the benchmark knows it."""
+    """One conversation up to the target's answer, and what the user says after it.
+
+    ``messages`` open it; each of ``follow_ups`` is another user's turn, asked once the one before is answered.
+    ``answer`` is the right number where the benchmark knows it.
+    """
 
     id: str
     messages: Messages
     answer: int | None = None
+    follow_ups: tuple[str, ...] = ()
 
     def solved(self, response: str) -> bool | None:
         """Whether the response ends in the right answer; None where none is known."""
@@ -30,7 +35,7 @@ class Benchmark(Protocol):
     name: str
 
     def examples(self, limit: int | None = None) -> list[Example]:
-        """The first ``limit`` examples, or all."""
+        """The first ``limit`` examples, or as many as are usual."""
 
 
 class ReasoningBenchmark:
@@ -44,7 +49,7 @@ class ReasoningBenchmark:
 
     def __init__(self, split: Split = "test", count: int = 128) -> None:
         if count < 1:
-            raise PromptError(f"benchmark.count must be 1 or more, found {count}.")
+            raise PromptError(f"benchmark.reasoning.count must be 1 or more, found {count}.")
         self.split: Split = split
         self.count = count
 

@@ -1,13 +1,21 @@
-"""Whether speculative decoding gave the target's own text."""
+"""Whether speculative decoding gave the target's own text, or at least texts of the target's own law."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from draftopd.targets.target import Target
+
+#: Resamples of the permutation test.
+FLIPS = 9_999
+
+#: Classes of token ids that are counted.
+CLASSES = 16
 
 
 @dataclass(frozen=True)
@@ -22,6 +30,10 @@ class Mismatch:
     plain_token: int | None
     speculative_token: int | None
     logit_gap: float | None
+
+    def tied(self, tolerance: float) -> bool:
+        """Whether the gap is no larger than this."""
+        return self.logit_gap is not None and abs(self.logit_gap) <= tolerance
 
 
 def compare(target: Target, prompt: Sequence[int], plain: Sequence[int], speculative: Sequence[int]) -> Mismatch | None:
@@ -43,3 +55,35 @@ def compare(target: Target, prompt: Sequence[int], plain: Sequence[int], specula
         logits = target.head.logits(reading.hidden[0, -1])
         gap = float(logits[ours] - logits[theirs])
     return Mismatch(shared, ours, theirs, gap)
+
+
+def features(response: Sequence[int], log_probs: Tensor, entropies: Tensor) -> list[float]:
+    """Figures of a text whose law is to be compared.
+
+    Its length; the mean log-probability and entropy ``[n]`` that the target has for its tokens, and the first
+    token's; the share of distinct tokens; the share of each of :data:`CLASSES` classes of token ids.
+    """
+    classes = np.bincount(np.asarray(response) % CLASSES, minlength=CLASSES) / len(response)
+    return [
+        float(len(response)), float(log_probs.mean()), float(entropies.mean()), float(log_probs[0]),
+        len(set(response)) / len(response), *map(float, classes),
+    ]  # fmt: skip
+
+
+def same_law(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> float:
+    """How likely two ways of drawing texts have one law: a two-sample permutation test.
+
+    If both draw from the target, each prompt's two texts may change places. The statistic is the largest of the
+    features' standardised sums of differences, compared with its values under random exchanges.
+
+    Args:
+        pairs: both texts' features, a prompt each.
+    """
+    apart = np.array([np.subtract(a, b) for a, b in pairs])
+    scale = np.sqrt((apart**2).sum(0))
+    apart = apart[:, scale > 0] / scale[scale > 0]
+    if not apart.size:
+        return 1.0
+    signs = np.random.default_rng(seed).choice([-1.0, 1.0], size=(FLIPS, len(apart)))
+    found, flipped = np.abs(apart.sum(0)).max(), np.abs(signs @ apart).max(1)
+    return float((1 + (flipped >= found - 1e-12).sum()) / (1 + FLIPS))

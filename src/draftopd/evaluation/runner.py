@@ -1,197 +1,218 @@
-"""Decode a benchmark with and without the drafter, by one engine, and compare."""
+"""Decode a benchmark plainly and with drafters, by one engine, in turns."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import groupby
 
 import torch
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.data.prompts import PromptEncoder
+from draftopd.data.prompts import Messages, PromptEncoder
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.sampling import Sampling
+from draftopd.draft_text import blocks_of
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
-from draftopd.evaluation.lossless import Mismatch, compare
+from draftopd.evaluation.lossless import compare, features
+from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.settings import Settings
-from draftopd.metrics.acceptance_length import acceptance_length
-from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+from draftopd.losses.chunked import CHUNK_ELEMENTS
+from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.targets.target import Target
 
+#: One example's figures: by drafter, one a turn.
+ExampleResults = dict[str, list[PromptResult]]
 
-@dataclass(frozen=True)
-class PromptResult:
-    """One prompt's figures; seconds are its batch's, shared evenly among the batch.
-
-    ``accepted[i]`` and ``emitted[i]`` are block ``i``'s, see :class:`Decoded`. ``solved`` is None where the
-    benchmark knows no answer; ``mismatch`` is None where the texts are equal or were not compared.
-    """
-
-    id: str
-    prompt_tokens: int
-    response_tokens: int
-    plain_response_tokens: int
-    accepted: list[int]
-    emitted: list[int]
-    finish: str
-    solved: bool | None
-    plain_seconds: float
-    speculative_seconds: float
-    mismatch: Mismatch | None
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """A benchmark's figures for one drafter."""
-
-    benchmark: str
-    block_size: int
-    settings: Settings
-    prompts: list[PromptResult]
-
-    @property
-    def checked(self) -> bool:
-        """Whether texts were compared with plain decoding: at temperature 0 they must be equal."""
-        return self.settings.sampling.greedy
-
-    @property
-    def tau(self) -> tuple[float, float]:
-        """Micro and macro acceptance length; NaN where no prompt came to a block."""
-        return acceptance_length([p.emitted for p in self.prompts])
-
-    @property
-    def mean_accepted(self) -> float:
-        """Mean accepted length of :meth:`whole_blocks`."""
-        return float(self.whole_blocks().float().mean())
-
-    @property
-    def plain_rate(self) -> float:
-        """Tokens a second of plain decoding."""
-        return sum(p.plain_response_tokens for p in self.prompts) / sum(p.plain_seconds for p in self.prompts)
-
-    @property
-    def speculative_rate(self) -> float:
-        """Tokens a second with the drafter."""
-        return sum(p.response_tokens for p in self.prompts) / sum(p.speculative_seconds for p in self.prompts)
-
-    @property
-    def mismatches(self) -> list[PromptResult]:
-        return [p for p in self.prompts if p.mismatch is not None]
-
-    @property
-    def speedup(self) -> float | None:
-        """Speculative over plain tokens a second; None for a decoder that proved not lossless."""
-        return None if self.withheld else self.speculative_rate / self.plain_rate
-
-    @property
-    def withheld(self) -> str | None:
-        """Why no speedup is given, or None."""
-        if not self.mismatches:
-            return None
-        return f"not lossless: {len(self.mismatches)} of {len(self.prompts)} texts differ"
-
-    @property
-    def solved(self) -> float | None:
-        """Share of right answers, where the benchmark knows them."""
-        known = [p.solved for p in self.prompts if p.solved is not None]
-        return sum(known) / len(known) if known else None
-
-    def whole_blocks(self) -> torch.Tensor:
-        """Accepted lengths of the blocks that the end of the text did not cut short."""
-        pairs = [(n, e) for p in self.prompts for n, e in zip(p.accepted, p.emitted, strict=True)]
-        return torch.tensor([n for n, e in pairs if e == n + 1], dtype=torch.long)
-
-    def acceptance_by_position(self) -> list[float]:
-        """See :class:`AcceptanceByPosition`; NaN where no block got that far."""
-        metric = AcceptanceByPosition(self.block_size - 1)
-        metric.update(self.whole_blocks())
-        return [float(x) for x in metric.compute()]
-
-    def rejection_positions(self) -> list[int]:
-        """See :class:`RejectionPosition`."""
-        metric = RejectionPosition(self.block_size - 1)
-        metric.update(self.whole_blocks())
-        return [int(x) for x in metric.compute()]
+#: Told how many examples and tokens were done.
+Advance = Callable[[int, int], None]
 
 
 def evaluate(
     target: Target,
-    drafter: Drafter,
+    drafters: Mapping[str, Drafter],
     tokenizer: PreTrainedTokenizerBase,
     benchmark: str,
     examples: Sequence[Example],
     stop: frozenset[int],
     settings: Settings,
-    advance: Callable[[int, int], None] = lambda prompts, tokens: None,
-) -> Evaluation:
-    """Decode every example plainly and with the drafter, the two in turns, the first batch once unmeasured.
+    advance: Advance = lambda examples, tokens: None,
+    shown: Collection[str] | None = None,
+) -> Iterator[list[ExampleResults]]:
+    """Decode every example plainly and with each drafter, batch by batch.
+
+    The decoders take turns, and in each batch another goes first; the first batch is decoded once unmeasured. A
+    later turn follows the plain answers, for all decoders alike.
 
     Args:
         benchmark: name of the results.
         stop: token ids that end a response.
-        advance: told after each batch how many prompts and tokens were done, both texts counted.
+        advance: told after each batch how many examples and tokens were done, all texts counted.
+        shown: ids of the examples whose drafts are kept; None: the first ``settings.shown``.
 
     Raises:
         PromptError: if there is no example, or one does not fit the target's context.
-        DrafterError: if the drafter does not fit the target.
+        DrafterError: if a drafter does not fit the target.
     """
     if not examples:
         raise PromptError(f"The benchmark {benchmark} holds no prompts: give at least one.")
-    encoder = PromptEncoder(tokenizer, settings.thinking, max_tokens=target.max_positions)
-    prompts = [encoder.encode(example.messages) for example in examples]
-    common = settings.sampling, settings.verification, settings.max_new_tokens, stop
-    plain, speculative = Decoder(target, None, *common), Decoder(target, drafter, *common)
-    for index, prompt in enumerate(prompts):
-        speculative.check(prompt, index)
-    results: list[PromptResult] = []
-    for number, start in enumerate(range(0, len(prompts), settings.batch_size)):
-        batch = prompts[start : start + settings.batch_size]
-        if number == 0:
-            for decoder in (plain, speculative):
-                _timed(decoder, batch, settings.seed)
-        timed: dict[Decoder, tuple[list[Decoded], float]] = {}
-        for decoder in (plain, speculative) if number % 2 == 0 else (speculative, plain):
-            timed[decoder] = _timed(decoder, batch, settings.seed * 1_000_003 + start)
-        (without, plain_seconds), (drafted, seconds) = timed[plain], timed[speculative]
-        for example, p, s in zip(examples[start : start + len(batch)], without, drafted, strict=True):
-            mismatch = compare(target, s.prompt, p.response, s.response) if settings.sampling.greedy else None
-            text = str(tokenizer.decode(s.response))
-            results.append(_result(example, p, s, text, plain_seconds / len(batch), seconds / len(batch), mismatch))
-        advance(len(batch), sum(len(d.response) for d in (*without, *drafted)))
-    return Evaluation(benchmark, drafter.block_size, settings, results)
+    return _Run(target, drafters, tokenizer, stop, settings).batches(examples, advance, shown)
 
 
-def _timed(decoder: Decoder, batch: list[list[int]], seed: int) -> tuple[list[Decoded], float]:
-    """The decoded batch and its seconds. Decoding ends by reading tokens back, so a GPU has nothing left to do."""
-    # Plain decoding must not pay for features that only a drafter reads.
-    decoder.target.tap(decoder.drafter.target_layer_ids if decoder.drafter else ())
-    generator = torch.Generator(decoder.target.device).manual_seed(seed)
-    began = time.perf_counter()
-    decoded = decoder.decode_batch(batch, generator)
-    return decoded, time.perf_counter() - began
+class _Run:
+    def __init__(
+        self,
+        target: Target,
+        drafters: Mapping[str, Drafter],
+        tokenizer: PreTrainedTokenizerBase,
+        stop: frozenset[int],
+        settings: Settings,
+    ) -> None:
+        self.target, self.tokenizer, self.settings = target, tokenizer, settings
+        self.encoder = PromptEncoder(tokenizer, settings.thinking, max_tokens=target.max_positions)
+        common = settings.sampling, settings.verification, settings.max_new_tokens, stop
+        self.plain = Decoder(target, None, *common)
+        self.drafted = {name: Decoder(target, drafter, *common) for name, drafter in drafters.items()}
+        self.decoders = [self.plain, *self.drafted.values()]
+        self.batches_done = 0
+
+    def batches(
+        self, examples: Sequence[Example], advance: Advance, shown: Collection[str] | None
+    ) -> Iterator[list[ExampleResults]]:
+        for index, example in enumerate(examples):
+            self._check(self.encoder.encode(example.messages), index)
+        if shown is None:
+            shown = {example.id for example in examples[: self.settings.shown]}
+        return self._decode(examples, shown, advance)
+
+    def _decode(
+        self, examples: Sequence[Example], shown: Collection[str], advance: Advance
+    ) -> Iterator[list[ExampleResults]]:
+        for _, alike in groupby(examples, key=lambda example: len(example.follow_ups)):
+            few = list(alike)
+            for start in range(0, len(few), self.settings.batch_size):
+                batch = few[start : start + self.settings.batch_size]
+                results, tokens = self._batch(batch, shown)
+                advance(len(batch), tokens)
+                yield results
+
+    def _batch(self, batch: list[Example], shown: Collection[str]) -> tuple[list[ExampleResults], int]:
+        """A batch of examples with as many turns."""
+        conversations: list[Messages] = [list(example.messages) for example in batch]
+        results: list[ExampleResults] = [{name: [] for name in self.drafted} for _ in batch]
+        tokens = 0
+        for turn in range(len(batch[0].follow_ups) + 1):
+            prompts = [self.encoder.encode(messages) for messages in conversations]
+            for index, prompt in enumerate(prompts):
+                self._check(prompt, index)
+            timed = self._in_turns(prompts)
+            plain, plain_seconds = timed[self.plain]
+            self.target.tap(())
+            seen = [_Text(self.target, self.settings.sampling, d) for d in plain]
+            for name, decoder in self.drafted.items():
+                drafted, seconds = timed[decoder]
+                for i, example in enumerate(batch):
+                    found = self._result(
+                        example, turn, seen[i], drafted[i], plain_seconds / len(batch), seconds / len(batch)
+                    )
+                    if example.id in shown:
+                        question = conversations[i][-1]["content"]
+                        found = replace(found, question=question, drafts=blocks_of(drafted[i], self.tokenizer))
+                    results[i][name].append(found)
+            tokens += sum(len(d.response) for decoded, _ in timed.values() for d in decoded)
+            if turn < len(batch[0].follow_ups):
+                for example, messages, decoded in zip(batch, conversations, plain, strict=True):
+                    answer = str(self.tokenizer.decode(decoded.response, skip_special_tokens=True))
+                    messages += [
+                        {"role": "assistant", "content": answer},
+                        {"role": "user", "content": example.follow_ups[turn]},
+                    ]
+        return results, tokens
+
+    def _in_turns(self, prompts: list[list[int]]) -> dict[Decoder, tuple[list[Decoded], float]]:
+        """Every decoder's texts and seconds; which goes first changes from batch to batch."""
+        seed = self.settings.seed * 1_000_003 + self.batches_done
+        if self.batches_done == 0:
+            for decoder in self.decoders:
+                self._timed(decoder, prompts, seed)
+        first = self.batches_done % len(self.decoders)
+        self.batches_done += 1
+        order = self.decoders[first:] + self.decoders[:first]
+        # Above temperature 0 each decoder draws by itself: equal draws would make their texts alike.
+        seeds = {decoder: seed * 101 + number for number, decoder in enumerate(self.decoders)}
+        return {decoder: self._timed(decoder, prompts, seeds[decoder]) for decoder in order}
+
+    def _timed(self, decoder: Decoder, batch: list[list[int]], seed: int) -> tuple[list[Decoded], float]:
+        """The decoded batch and its seconds. Decoding ends by reading tokens back: a GPU has nothing left to do."""
+        # Plain decoding must not pay for features that only a drafter reads.
+        self.target.tap(decoder.drafter.target_layer_ids if decoder.drafter else ())
+        generator = torch.Generator(self.target.device).manual_seed(seed % 2**63)
+        began = time.perf_counter()
+        decoded = decoder.decode_batch(batch, generator)
+        return decoded, time.perf_counter() - began
+
+    def _check(self, prompt: list[int], index: int) -> None:
+        for decoder in self.decoders:
+            decoder.check(prompt, index)
+
+    def _result(
+        self, example: Example, turn: int, plain: _Text, drafted: Decoded, plain_seconds: float, seconds: float
+    ) -> PromptResult:
+        greedy = self.settings.sampling.greedy
+        same = plain.decoded.response == drafted.response
+        text = plain if same else _Text(self.target, self.settings.sampling, drafted)
+        tested, accepted = text.by_entropy(drafted)
+        last = turn == len(example.follow_ups)
+        return PromptResult(
+            id=example.id,
+            prompt_tokens=len(drafted.prompt),
+            response_tokens=len(drafted.response),
+            plain_response_tokens=len(plain.decoded.response),
+            accepted=drafted.accepted,
+            emitted=drafted.emitted,
+            finish=drafted.finish,
+            solved=example.solved(str(self.tokenizer.decode(drafted.response))) if last else None,
+            plain_seconds=plain_seconds,
+            speculative_seconds=seconds,
+            mismatch=compare(self.target, drafted.prompt, plain.decoded.response, drafted.response) if greedy else None,
+            turn=turn,
+            entropy_tested=tested,
+            entropy_accepted=accepted,
+            plain_features=[] if greedy else plain.features,
+            features=[] if greedy else text.features,
+        )
 
 
-def _result(
-    example: Example,
-    plain: Decoded,
-    drafted: Decoded,
-    text: str,
-    plain_seconds: float,
-    seconds: float,
-    mismatch: Mismatch | None,
-) -> PromptResult:
-    return PromptResult(
-        id=example.id,
-        prompt_tokens=len(drafted.prompt),
-        response_tokens=len(drafted.response),
-        plain_response_tokens=len(plain.response),
-        accepted=drafted.accepted,
-        emitted=drafted.emitted,
-        finish=drafted.finish,
-        solved=example.solved(text),
-        plain_seconds=plain_seconds,
-        speculative_seconds=seconds,
-        mismatch=mismatch,
-    )
+class _Text:
+    """What the target makes of a text, read once more outside the clock."""
+
+    def __init__(self, target: Target, sampling: Sampling, decoded: Decoded) -> None:
+        self.decoded = decoded
+        ids = torch.tensor([decoded.tokens], device=target.device)
+        states = target.read(ids, target.new_cache(ids.shape[1])).hidden[0, len(decoded.prompt) - 1 : -1]
+        response = ids[0, len(decoded.prompt) :]
+        temperature = sampling.temperature or 1.0
+        entropies, log_probs = [], []
+        chunk = max(1, CHUNK_ELEMENTS // target.vocab_size)
+        for part, tokens in zip(states.split(chunk), response.split(chunk), strict=True):
+            log_p = (target.head.logits(part) / temperature).log_softmax(-1)
+            entropies.append(-(log_p.exp() * log_p).sum(-1))
+            log_probs.append(log_p.gather(-1, tokens[:, None])[:, 0])
+        #: ``[n]`` nats at each response token, under the temperature it was drawn at.
+        self.entropies = torch.cat(entropies).cpu()
+        self.features = features(decoded.response, torch.cat(log_probs).cpu(), self.entropies)
+
+    def by_entropy(self, drafted: Decoded) -> tuple[list[int], list[int]]:
+        """Tested and accepted slots by the target's entropy; a slot's prefix is the text, as long as it was tested."""
+        metric = EntropyAcceptance()
+        slots = len(drafted.proposals[0]) if drafted.proposals else 0
+        places = (
+            torch.tensor(drafted.anchors, dtype=torch.long)[:, None] - len(drafted.prompt) + 1 + torch.arange(slots)
+        )
+        inside = places < len(self.entropies)
+        entropy = self.entropies[places.clamp_max(len(self.entropies) - 1)]
+        metric.update(entropy, torch.tensor(drafted.accepted, dtype=torch.long), inside)
+        return metric.tested.tolist(), metric.accepted.tolist()

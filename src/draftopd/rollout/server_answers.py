@@ -8,10 +8,11 @@ and ``meta_info``; a plain completion gives ``text`` and ``usage``.
 from __future__ import annotations
 
 import hashlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
+from draftopd.decoding.sampling import Sampling
 from draftopd.rollout.trajectories import Request, Trajectory
 
 #: What a request leaves out a server takes from the model's generation config; Qwen3's has a top_k of 20.
@@ -28,7 +29,20 @@ class AnswerError(Exception):
     """An answer lacks what the contract promises."""
 
 
-def completion_body(request: Request, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
+class Asked(Protocol):
+    """What a request says of the response it wants."""
+
+    @property
+    def sampling(self) -> Sampling: ...
+    @property
+    def max_new_tokens(self) -> int: ...
+    @property
+    def stop(self) -> frozenset[int]: ...
+    @property
+    def seed(self) -> int: ...
+
+
+def completion_body(request: Asked, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
     """The body of ``POST /v1/completions``; without ``token_ids`` nothing that plain servers do not know."""
     sampling = request.sampling
     body: dict[str, Any] = {
@@ -46,7 +60,7 @@ def completion_body(request: Request, model: str, prompt: list[int] | str, token
     return body
 
 
-def generate_body(request: Request, prompt: list[int]) -> dict[str, Any]:
+def generate_body(request: Asked, prompt: list[int]) -> dict[str, Any]:
     """The body of SGLang's ``POST /generate``."""
     sampling = request.sampling
     parameters: dict[str, Any] = {
@@ -148,7 +162,7 @@ def _trajectory(prompt: list[int], ids: Any, finish: Any, matched: Any, request:
     return Trajectory.ended(prompt, ids, request)
 
 
-def _seed(request: Request, prompt: list[int] | str) -> int:
+def _seed(request: Asked, prompt: list[int] | str) -> int:
     """One seed a prompt, so that a text does not depend on what is asked beside it."""
     digest = hashlib.blake2b(f"{request.seed} {prompt}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

@@ -1,0 +1,108 @@
+"""The Draft-OPD paper's figures beside a run of one's own.
+
+    python -m draftopd.evaluation.paper runs/eval/.../results.json
+
+The paper's are means over its suite (thinking, temperature 0; arXiv 2605.29343); the run's are means over the
+benchmarks that it covered. A run's drafter stands in the paper's row where its target and its name say so: `eagle3`,
+`dflash` or `opd` in the name given by `checkpoint={dflash: DIR, opd: DIR}`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+
+class PaperRow(NamedTuple):
+    """One model and drafter: mean speedup and tau."""
+
+    model: str
+    drafter: str
+    speedup: float
+    tau: float
+
+
+PAPER = (
+    PaperRow("Qwen3-4B", "EAGLE-3", 3.87, 5.33),
+    PaperRow("Qwen3-4B", "DFlash", 4.33, 5.51),
+    PaperRow("Qwen3-4B", "Draft-OPD", 4.86, 5.96),
+    PaperRow("Qwen3-8B", "EAGLE-3", 4.06, 5.64),
+    PaperRow("Qwen3-8B", "DFlash", 4.34, 5.19),
+    PaperRow("Qwen3-8B", "Draft-OPD", 4.89, 5.73),
+)
+
+#: What a drafter's name must hold to stand in the paper's row.
+MARKS = {"EAGLE-3": "eagle", "Draft-OPD": "opd", "DFlash": "dflash"}
+
+
+class OwnRow(NamedTuple):
+    """A run's means; no speedup where one benchmark has none."""
+
+    target: str
+    drafter: str
+    speedup: float | None
+    tau: float
+    benchmarks: int
+
+
+def own_rows(content: dict[str, Any]) -> list[OwnRow]:
+    """The run's means from a ``results.json``."""
+    found: dict[str, list[dict[str, Any]]] = {}
+    for summary in content["summaries"]:
+        found.setdefault(summary["drafter"], []).append(summary)
+    rows = []
+    for drafter, summaries in found.items():
+        speedups = [s["speedup"] for s in summaries]
+        mean = None if None in speedups else sum(speedups) / len(speedups)
+        taus = [s["tau_macro"] for s in summaries]
+        rows.append(OwnRow(content["target"], drafter, mean, sum(taus) / len(taus), len(summaries)))
+    return rows
+
+
+def table(own: Sequence[OwnRow]) -> str:
+    """A Markdown table."""
+    lines = [
+        "| model | drafter | paper: speedup | paper: tau | this run: speedup | this run: tau |",
+        "|---|---|---|---|---|---|",
+    ]
+    placed = set()
+    for row in PAPER:
+        mine = next((o for o in own if _stands_in(o, row)), None)
+        placed.add(mine)
+        cells = ("", "") if mine is None else (_speedup(mine), f"{mine.tau:.2f}")
+        lines.append(f"| {row.model} | {row.drafter} | {row.speedup:.2f}x | {row.tau:.2f} | {cells[0]} | {cells[1]} |")
+    for mine in own:
+        if mine not in placed:
+            lines.append(f"| {mine.target} | {mine.drafter} | | | {_speedup(mine)} | {mine.tau:.2f} |")
+    return "\n".join(lines)
+
+
+def _stands_in(own: OwnRow, row: PaperRow) -> bool:
+    kind = next((kind for kind, mark in MARKS.items() if mark in own.drafter.lower()), None)
+    return row.model.lower() in own.target.lower() and kind == row.drafter
+
+
+def _speedup(own: OwnRow) -> str:
+    return "none" if own.speedup is None else f"{own.speedup:.2f}x"
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m draftopd.evaluation.paper", description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )  # fmt: skip
+    parser.add_argument("results", type=Path, nargs="?", help="results.json of an evaluation; none: the paper alone")
+    options = parser.parse_args(arguments)
+    try:
+        own = [] if options.results is None else own_rows(json.loads(options.results.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        sys.exit(f"Error: {options.results} is no results.json of an evaluation ({error}).")
+    print(table(own))
+
+
+if __name__ == "__main__":
+    main()

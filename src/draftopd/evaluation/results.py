@@ -1,0 +1,190 @@
+"""What an evaluation found: figures a prompt, and what follows from them for one benchmark and one drafter."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+from functools import cached_property
+
+import torch
+
+from draftopd.draft_text import DraftedBlock
+from draftopd.evaluation.lossless import Mismatch, same_law
+from draftopd.evaluation.settings import Settings
+from draftopd.evaluation.statistics import Interval, bootstrap, groups_of
+from draftopd.metrics.acceptance_length import acceptance_length
+from draftopd.metrics.entropy_acceptance import EDGES
+from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+
+#: Response tokens in a bin of tau against length, and how far the bins go.
+LENGTH_BIN, LENGTH_END = 1024, 8192
+
+#: Above temperature 0 a speedup is withheld where plain sampling would differ so much no more often than this.
+LEAST_P = 1e-3
+
+
+@dataclass(frozen=True)
+class PromptResult:
+    """One turn of one example by one drafter; seconds are its batch's, shared evenly among the batch.
+
+    ``accepted[i]`` and ``emitted[i]`` are block ``i``'s, see :class:`Decoded`. ``solved`` is None where the
+    benchmark knows no answer; ``mismatch`` is None where the texts are equal or were not compared.
+    ``entropy_tested[b]`` slots were tested where the target's entropy lies in bin ``b`` of
+    :data:`~draftopd.metrics.entropy_acceptance.EDGES`, ``entropy_accepted[b]`` of them accepted. ``plain_features``
+    and ``features`` describe both texts above temperature 0, see :func:`~draftopd.evaluation.lossless.features`.
+    ``drafts`` are the text's blocks where it is to be shown.
+    """
+
+    id: str
+    prompt_tokens: int
+    response_tokens: int
+    plain_response_tokens: int
+    accepted: list[int]
+    emitted: list[int]
+    finish: str
+    solved: bool | None
+    plain_seconds: float
+    speculative_seconds: float
+    mismatch: Mismatch | None
+    turn: int = 0
+    entropy_tested: list[int] = field(default_factory=lambda: [0] * len(EDGES))
+    entropy_accepted: list[int] = field(default_factory=lambda: [0] * len(EDGES))
+    plain_features: list[float] = field(default_factory=list)
+    features: list[float] = field(default_factory=list)
+    question: str = ""
+    drafts: list[DraftedBlock] = field(default_factory=list)
+
+    @property
+    def speedup(self) -> float:
+        """Tokens a second with the drafter over plain tokens a second."""
+        return (self.response_tokens / self.speculative_seconds) / (self.plain_response_tokens / self.plain_seconds)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A benchmark's figures for one drafter.
+
+    ``tolerance`` is the logit gap up to which a difference from plain decoding is a tie.
+    """
+
+    benchmark: str
+    block_size: int
+    settings: Settings
+    prompts: list[PromptResult]
+    drafter: str = "drafter"
+    tolerance: float = 0.0
+
+    @property
+    def checked(self) -> bool:
+        """Whether texts were compared with plain decoding: at temperature 0 they must be equal."""
+        return self.settings.sampling.greedy
+
+    @property
+    def tau(self) -> tuple[float, float]:
+        """Micro and macro acceptance length; NaN where no prompt came to a block."""
+        return acceptance_length([p.emitted for p in self.prompts])
+
+    @cached_property
+    def tau_interval(self) -> Interval:
+        """Micro tau's 95 % interval over examples."""
+        return bootstrap(self.tau_parts(), groups_of(self.prompts))
+
+    def tau_parts(self) -> list[tuple[float, float]]:
+        """Emitted tokens and verifications of every prompt: their sums' ratio is micro tau."""
+        return [(float(sum(p.emitted)), float(len(p.emitted))) for p in self.prompts]
+
+    @property
+    def mean_accepted(self) -> float:
+        """Mean accepted length of :meth:`whole_blocks`."""
+        return float(self.whole_blocks().float().mean())
+
+    @property
+    def plain_rate(self) -> float:
+        """Tokens a second of plain decoding."""
+        return sum(p.plain_response_tokens for p in self.prompts) / sum(p.plain_seconds for p in self.prompts)
+
+    @property
+    def speculative_rate(self) -> float:
+        """Tokens a second with the drafter."""
+        return sum(p.response_tokens for p in self.prompts) / sum(p.speculative_seconds for p in self.prompts)
+
+    @property
+    def mismatches(self) -> list[PromptResult]:
+        """Texts that differ from plain decoding's, ties included."""
+        return [p for p in self.prompts if p.mismatch is not None]
+
+    @property
+    def ties(self) -> list[PromptResult]:
+        """Those of them where rounding decided between two tokens of equal standing."""
+        return [p for p in self.mismatches if p.mismatch is not None and p.mismatch.tied(self.tolerance)]
+
+    @property
+    def speedup(self) -> float | None:
+        """Median over prompts of the paired speedups; None for a decoder that proved not lossless."""
+        return None if self.withheld else statistics.median(p.speedup for p in self.prompts)
+
+    @property
+    def speedup_interval(self) -> Interval | None:
+        """Its 95 % interval over examples."""
+        if self.withheld:
+            return None
+        return bootstrap([(p.speedup, 1.0) for p in self.prompts], groups_of(self.prompts), median=True)
+
+    @cached_property
+    def law_p(self) -> float | None:
+        """How likely plain sampling would differ so much from itself; None at temperature 0 and for a single prompt."""
+        pairs = [(p.plain_features, p.features) for p in self.prompts if p.features]
+        return same_law(pairs) if len(pairs) > 1 else None
+
+    @property
+    def withheld(self) -> str | None:
+        """Why no speedup is given, or None."""
+        wrong = len(self.mismatches) - len(self.ties)
+        if wrong:
+            return f"not lossless: {wrong} of {len(self.prompts)} texts differ"
+        if self.law_p is not None and self.law_p < LEAST_P:
+            return f"not lossless: the tokens are not distributed as plain sampling's (p = {self.law_p:.1g})"
+        return None
+
+    @property
+    def solved(self) -> float | None:
+        """Share of right answers, where the benchmark knows them."""
+        known = [p.solved for p in self.prompts if p.solved is not None]
+        return sum(known) / len(known) if known else None
+
+    def whole_blocks(self) -> torch.Tensor:
+        """Accepted lengths of the blocks that the end of the text did not cut short."""
+        pairs = [(n, e) for p in self.prompts for n, e in zip(p.accepted, p.emitted, strict=True)]
+        return torch.tensor([n for n, e in pairs if e == n + 1], dtype=torch.long)
+
+    def acceptance_by_position(self) -> list[float]:
+        """See :class:`AcceptanceByPosition`; NaN where no block got that far."""
+        metric = AcceptanceByPosition(self.block_size - 1)
+        metric.update(self.whole_blocks())
+        return [float(x) for x in metric.compute()]
+
+    def rejection_positions(self) -> list[int]:
+        """See :class:`RejectionPosition`."""
+        metric = RejectionPosition(self.block_size - 1)
+        metric.update(self.whole_blocks())
+        return [int(x) for x in metric.compute()]
+
+    def tau_by_length(self) -> list[tuple[int, float, int]]:
+        """``(first token, tau, blocks)`` of the blocks that began in each :data:`LENGTH_BIN` tokens of a response."""
+        bins = [[0, 0] for _ in range(LENGTH_END // LENGTH_BIN)]
+        for prompt in self.prompts:
+            place = 1  # the prefill gave the first token
+            for emitted in prompt.emitted:
+                if place < LENGTH_END:
+                    bins[place // LENGTH_BIN][0] += emitted
+                    bins[place // LENGTH_BIN][1] += 1
+                place += emitted
+        return [(i * LENGTH_BIN, tokens / blocks, blocks) for i, (tokens, blocks) in enumerate(bins) if blocks]
+
+    def acceptance_by_entropy(self) -> list[tuple[float, float, int]]:
+        """``(lower edge, acceptance rate, slots)`` of each bin of the target's entropy that holds a tested slot."""
+        tested, accepted = (
+            [sum(column) for column in zip(*(getattr(p, name) for p in self.prompts), strict=True)]
+            for name in ("entropy_tested", "entropy_accepted")
+        )
+        return [(edge, a / t, t) for edge, a, t in zip(EDGES, accepted, tested, strict=True) if t]

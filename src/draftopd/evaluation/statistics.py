@@ -1,0 +1,117 @@
+"""Confidence by resampling whole examples: what one example's turns and tokens have in common stays together."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+#: Resamples of a bootstrap.
+RESAMPLES = 10_000
+
+
+class Interval(NamedTuple):
+    """A figure and its 95 % interval."""
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        return self.low > 0 or self.high < 0
+
+
+class _Identified(Protocol):
+    @property
+    def id(self) -> str: ...
+
+
+def groups_of(prompts: Sequence[_Identified]) -> list[str]:
+    """The example that each prompt belongs to."""
+    return [prompt.id for prompt in prompts]
+
+
+def bootstrap(
+    parts: Sequence[tuple[float, float]], groups: Sequence[Hashable], median: bool = False, seed: int = 0
+) -> Interval:
+    """A figure's percentile interval over examples drawn with replacement.
+
+    Args:
+        parts: ``(numerator, denominator)`` a prompt; the figure is the ratio of their sums.
+        groups: the example of each prompt; its prompts are drawn together.
+        median: the figure is the median of the prompts' own ratios instead.
+        seed: of the draws.
+
+    Example:
+        >>> bootstrap([(2.0, 1.0), (2.0, 1.0)], ["a", "b"])
+        Interval(value=2.0, low=2.0, high=2.0)
+    """
+    return difference(parts, None, groups, median, seed)
+
+
+def difference(
+    first: Sequence[tuple[float, float]],
+    second: Sequence[tuple[float, float]] | None,
+    groups: Sequence[Hashable],
+    median: bool = False,
+    seed: int = 0,
+) -> Interval:
+    """The first figure less the second on the same examples, drawn together; see :func:`bootstrap`."""
+    names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
+    members = np.array([names[g] for g in groups])
+    count = len(names)
+    if not count:
+        return Interval(float("nan"), float("nan"), float("nan"))
+    a = _figure(np.asarray(first, float), median)
+    b = None if second is None else _figure(np.asarray(second, float), median)
+    whole = np.ones((1, count))
+    draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
+
+    def values(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        each = weights[:, members]
+        return a(each) if b is None else a(each) - b(each)
+
+    found = values(draws)
+    if np.isnan(found).all():
+        return Interval(float("nan"), float("nan"), float("nan"))
+    low, high = np.nanpercentile(found, [2.5, 97.5])
+    return Interval(float(values(whole)[0]), float(low), float(high))
+
+
+class _Figure(Protocol):
+    def __call__(self, weights: NDArray[np.float64], /) -> NDArray[np.float64]: ...
+
+
+def _figure(parts: NDArray[np.float64], median: bool) -> _Figure:
+    """``weights [draws, prompts] -> [draws]``."""
+    numerators, denominators = parts[:, 0], parts[:, 1]
+    if not median:
+
+        def ratio(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+            with np.errstate(invalid="ignore", divide="ignore"):
+                return (weights @ numerators) / (weights @ denominators)
+
+        return ratio
+    order = np.argsort(numerators / denominators)
+    ordered = (numerators / denominators)[order]
+
+    def weighted_median(weights: NDArray[np.float64]) -> NDArray[np.float64]:
+        mass = weights[:, order].cumsum(1)
+        half = mass[:, -1:] / 2
+        # Of an even number of prompts the mean of the two in the middle.
+        low, high = (mass >= half).argmax(1), (mass > half).argmax(1)
+        return (ordered[low] + ordered[high]) / 2
+
+    return weighted_median
+
+
+def sentence(name: str, first: str, second: str, found: Interval) -> str:
+    """A plain sentence on a difference: how large, and whether it is resolved."""
+    between = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
+    if not found.excludes_zero:
+        return f"{name} of {first} and of {second} are not told apart: difference {found.value:+.3f}, {between}."
+    higher = "higher" if found.value > 0 else "lower"
+    return f"{name} of {first} is {abs(found.value):.3f} {higher} than of {second}: resolved, {between}."
