@@ -10,19 +10,21 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def rollout_progress(prompts: int, label: str = "Rollout") -> Iterator[Callable[[int, int], None]]:
-    """A bar over prompts with tokens a second; yields ``advance(prompts, tokens)``."""
+    """A bar over prompts with prompts and tokens a second and the time left; yields ``advance(prompts, tokens)``."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
-        TextColumn("{task.fields[rate]} tok/s"), TimeRemainingColumn(),
+        TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),
     )  # fmt: skip
     with Progress(*columns, transient=True) as progress:
-        task = progress.add_task(label, total=prompts, rate="-")
+        task = progress.add_task(label, total=prompts, rate="")
         tokens = 0
 
         def advance(done: int, more: int) -> None:
             nonlocal tokens
             tokens += more
             elapsed = progress.tasks[0].elapsed or 0
-            progress.update(task, advance=done, rate=f"{tokens / elapsed:.0f}" if elapsed else "-")
+            prompts_done = progress.tasks[0].completed + done
+            rate = f"{prompts_done / elapsed:.1f} prompts/s, {tokens / elapsed:.0f} tok/s" if elapsed else ""
+            progress.update(task, advance=done, rate=rate)
 
         yield advance
