@@ -277,10 +277,10 @@ class TestBuild:
         self, target: Target, tokenizer: PreTrainedTokenizerFast, make_drafter: MakeDrafter, tmp_path: Path
     ) -> None:
         make_drafter(target).save(tmp_path)
-        assert DFlashDrafter.build(target, tokenizer, str(tmp_path)).block_size == 4
-        assert DFlashDrafter.build(target, tokenizer, str(tmp_path), block_size=6).block_size == 6
+        assert DFlashDrafter.build(target, tokenizer, checkpoint=str(tmp_path)).block_size == 4
+        assert DFlashDrafter.build(target, tokenizer, checkpoint=str(tmp_path), block_size=6).block_size == 6
         with pytest.raises(DrafterError, match="block_size 1"):
-            DFlashDrafter.build(target, tokenizer, str(tmp_path), block_size=1)
+            DFlashDrafter.build(target, tokenizer, checkpoint=str(tmp_path), block_size=1)
 
     def test_unused_token(self, target: Target, tokenizer: PreTrainedTokenizerFast) -> None:
         assert unused_token(target, tokenizer) == tokenizer.mask_token_id

@@ -209,7 +209,7 @@ def test_markdown_of_blocks() -> None:
     )
     head, rule, first, second = lines.splitlines()
     assert {line.count("|") for line in (head, rule, first, second)} == {5}
-    assert first == "| 1 | **a\\*b\\_c&#124;** | `x⏎` | *d&lt;e>* |"
+    assert first == "| 1 | **a\\*b\\_c&#124;** | x⏎ | *d&lt;e\\>* |"
     assert second == "| 2 | **␣␣** |  |  |"
 
 
@@ -232,7 +232,7 @@ def test_tensorboard(report: Report, tmp_path: Path) -> None:
     results = [r for r in report.results if r.benchmark == "maths"]
     named = [Evaluation(r.benchmark, 4, r.settings, r.prompts, d) for r, d in zip(results, ("sft", "opd"), strict=True)]
     write_tensorboard(Report("t", named, report.expected), tmp_path)
-    assert {p.name for p in tmp_path.iterdir()} == {"sft", "opd", "evaluation"}
+    assert {p.name for p in tmp_path.iterdir() if p.is_dir()} == {"sft", "opd"}
     for result in named:
         board = EventAccumulator(str(tmp_path / result.drafter)).Reload()
         assert set(board.Tags()["scalars"]) == {
@@ -246,7 +246,7 @@ def test_tensorboard(report: Report, tmp_path: Path) -> None:
         assert {t.split("/text_summary")[0] for t in texts} == {
             f"eval/maths/drafts/{name}" for name in ("test-0_0", "test-1_0", "test-0_1")
         }
-    board = EventAccumulator(str(tmp_path / "evaluation")).Reload()
+    board = EventAccumulator(str(tmp_path)).Reload()
     assert set(board.Tags()["images"]) == {"eval/overview", "eval/maths", "eval/expected_speedup"}
 
 
@@ -254,4 +254,4 @@ def test_a_withheld_speedup_is_not_in_tensorboard(make_result: Make, tmp_path: P
     wrong = Evaluation("x", 4, Settings(), [make_result(mismatch=Mismatch(0, 1, 2, 5.0))], "d")
     write_tensorboard(Report("t", [wrong], []), tmp_path)
     assert "eval/x/speedup" not in EventAccumulator(str(tmp_path / "d")).Reload().Tags()["scalars"]
-    assert set(EventAccumulator(str(tmp_path / "evaluation")).Reload().Tags()["images"]) == {"eval/overview", "eval/x"}
+    assert set(EventAccumulator(str(tmp_path)).Reload().Tags()["images"]) == {"eval/overview", "eval/x"}

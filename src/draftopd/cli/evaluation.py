@@ -57,10 +57,16 @@ def run(config: DictConfig) -> Report | list[Served]:
     drafters = {name: load_for(target, path, config.block_size) for name, path in checkpoints.items()}
     for drafter in drafters.values():
         drafter.to(target.device).eval()
+        # As an engine serves it; buffers, such as rotary frequencies, keep their precision.
+        for parameter in drafter.parameters():
+            parameter.data = parameter.data.to(target.dtype)
     directory = Path(HydraConfig.get().runtime.output_dir)
+    judged_later = ("tie_tolerance", "shown")
     identity = {
-        "target": target.fingerprint(), "settings": asdict(settings), "checkpoints": checkpoints,
-        "block_size": config.block_size, "examples": {name: _digest(examples) for name, examples in suites.items()},
+        "target": target.fingerprint(),
+        "settings": {name: value for name, value in asdict(settings).items() if name not in judged_later},
+        "drafters": {name: _weights(drafter) for name, drafter in drafters.items()},
+        "examples": {name: _digest(examples) for name, examples in suites.items()},
     }  # fmt: skip
     store = ResultStore(directory, identity)
     stop = stop_tokens(target, tokenizer)
@@ -91,6 +97,10 @@ def run_served(config: DictConfig, settings: Settings) -> list[Served]:
         DraftOPDError: with one clear message, for anything the user can mend.
     """
     logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line a request, else
+    unused = ("checkpoint", "block_size", "verification", "batch_size", "tie_tolerance", "shown")
+    given = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") in unused]
+    if given:
+        raise ConfigError(f"With engine=server {given[0]} would have no effect: the server drafts as it was started.")
     engine: ServerEngine = instantiate(config.engine, _convert_="all")
     suites = read_benchmarks(config, settings.limit)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -153,13 +163,21 @@ def read_benchmarks(config: DictConfig, limit: int | None) -> dict[str, list[Exa
     Raises:
         ConfigError: if one file is named for several.
     """
-    chosen = {key: node for key, node in config.benchmark.items() if key != "path"}
-    if config.benchmark.path is not None and len(chosen) > 1:
+    chosen = {str(key): node for key, node in config.benchmark.items() if key != "path"}
+    readers = [name for name, node in chosen.items() if "path" in node]
+    if config.benchmark.path is not None and len(readers) != 1:
         raise ConfigError(
-            f"benchmark.path names one file, but {' and '.join(map(str, chosen))} were chosen: name each one's, "
-            f"benchmark.{next(iter(chosen))}.path=FILE."
+            f"benchmark.path names one file, but {' and '.join(chosen)} "
+            + (
+                f"were chosen: name each one's, benchmark.{readers[0]}.path=FILE."
+                if readers
+                else "reads none: choose a suite or benchmark=jsonl."
+            )
         )
     benchmarks: list[Benchmark] = [instantiate(node) for node in chosen.values()]
+    names = [benchmark.name for benchmark in benchmarks]
+    if len(set(names)) < len(names):
+        raise ConfigError(f"Two benchmarks are called {max(names, key=names.count)}: set benchmark.jsonl.name=NAME.")
     return {benchmark.name: _told_apart(benchmark.examples(limit)) for benchmark in benchmarks}
 
 
@@ -172,6 +190,14 @@ def _told_apart(examples: list[Example]) -> list[Example]:
         number = seen[example.id]
         found.append(example if number == 1 else replace(example, id=f"{example.id}#{number}"))
     return found
+
+
+def _weights(drafter: Drafter) -> str:
+    """Tells drafters apart, wherever they lie."""
+    digest = hashlib.blake2b(f"{drafter.describe()} {drafter.block_size}".encode(), digest_size=8)
+    for tensor in drafter.state_dict().values():
+        digest.update(tensor.detach().float().cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _digest(examples: list[Example]) -> str:

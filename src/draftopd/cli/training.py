@@ -35,6 +35,8 @@ from draftopd.rollout.fresh import FreshAnchors
 from draftopd.rollout.trajectories import InProcessTrajectories, Request
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
+log = logging.getLogger(__name__)
+
 
 def run(config: DictConfig) -> TrainingReport:
     """Train as configured and leave checkpoint, logs, buffer and record in Hydra's run directory.
@@ -55,6 +57,15 @@ def run(config: DictConfig) -> TrainingReport:
     texts_of_the_target = partial(first_texts, data, rollout, target, tokenizer, directory, config.seed)
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
     data.slots = drafter.num_proposals
+    if config.drafter.checkpoint is not None:
+        for given in HydraConfig.get().overrides.task:
+            name = given.split("=")[0].lstrip("+")
+            if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
+                log.warning(
+                    "%s has no effect: %s was loaded. Start fresh with drafter.checkpoint=null.",
+                    given,
+                    config.drafter.checkpoint,
+                )
     schedule, fresh = config.refresh, None
     texts, every_n_steps = rollout, schedule.every_n_steps
     if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):

@@ -2,7 +2,7 @@
 arXiv 2509.18362).
 
 The layout is the next-token block of Qwen3-Next, Qwen3.5 and MiMo: the token's embedding and the state before it are
-normalised, joined by one linear map, and pass through one decoder layer of the target's kind; its normalised output
+normalised, joined by one linear map, and pass through one Qwen3 decoder layer; its normalised output
 goes to the target's LM head and, as the next step's state, around again. Embedding and LM head are the target's,
 shared and frozen.
 """

@@ -124,8 +124,10 @@ def predict_bandwidth(target: Target, drafter: Drafter, accepted: Sequence[int])
     """By block size, where reading weights is all that a step costs: one sequence on a large GPU.
 
     A verification then costs a plain step. A draft step reads the drafter and the LM head, once a block or, where the
-    drafter is autoregressive, once a proposal. Not for a mixture of experts, whose verification reads more of them.
+    drafter is autoregressive, once a proposal. Empty for a mixture of experts, whose verification reads more of them.
     """
+    if any(getattr(target.config, name, None) for name in ("num_experts", "num_local_experts")):
+        return []
     embedding = target.model.get_input_embeddings().weight
     head = drafter.head(target).weight
     whole = sum(p.numel() for p in target.model.parameters() if p is not embedding) + target.head.weight.numel()

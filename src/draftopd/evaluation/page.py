@@ -36,8 +36,9 @@ def write_page(report: Report, path: Path) -> None:
         f"<h1>Speculative decoding of {html.escape(report.target)}</h1>",
         f"<p>Batch {settings.batch_size}, temperature {settings.temperature:g}, at most {settings.max_new_tokens} new "
         f"tokens, {'thinking' if settings.thinking else 'non-thinking'} template. Tau: tokens a verification yields "
-        "(micro: all tokens by all verifications; macro: mean over prompts). Speedup: median over prompts of the "
-        "paired ratio to plain decoding by the same engine. Brackets: 95 % bootstrap intervals over examples.</p>",
+        "(micro: all tokens by all verifications; macro: mean over prompts). Speedup: median over batches of the "
+        "paired ratio to plain decoding by the same engine. Brackets: 95 % bootstrap intervals over examples, of the "
+        "speedup over batches.</p>",
         _table(report),
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in notes(report)) + "</ul>",
         "<h2>By benchmark</h2>",

@@ -36,7 +36,7 @@ PAPER = (
 )
 
 #: What a drafter's name must hold to stand in the paper's row.
-MARKS = {"EAGLE-3": "eagle", "Draft-OPD": "opd", "DFlash": "dflash"}
+MARKS = {"Draft-OPD": "opd", "EAGLE-3": "eagle", "DFlash": "dflash"}
 
 
 class OwnRow(NamedTuple):
@@ -46,7 +46,8 @@ class OwnRow(NamedTuple):
     drafter: str
     speedup: float | None
     tau: float
-    benchmarks: int
+    benchmarks: tuple[str, ...]
+    temperature: float
 
 
 def own_rows(content: dict[str, Any]) -> list[OwnRow]:
@@ -59,7 +60,16 @@ def own_rows(content: dict[str, Any]) -> list[OwnRow]:
         speedups = [s["speedup"] for s in summaries]
         mean = None if None in speedups else sum(speedups) / len(speedups)
         taus = [s["tau_macro"] for s in summaries]
-        rows.append(OwnRow(content["target"], drafter, mean, sum(taus) / len(taus), len(summaries)))
+        rows.append(
+            OwnRow(
+                content["target"],
+                drafter,
+                mean,
+                sum(taus) / len(taus),
+                tuple(s["benchmark"] for s in summaries),
+                summaries[0]["temperature"],
+            )
+        )
     return rows
 
 
@@ -78,12 +88,15 @@ def table(own: Sequence[OwnRow]) -> str:
     for mine in own:
         if mine not in placed:
             lines.append(f"| {mine.target} | {mine.drafter} | | | {_speedup(mine)} | {mine.tau:.2f} |")
+    if own:
+        covered = ", ".join(own[0].benchmarks)
+        lines += ["", f"This run: {covered}; temperature {own[0].temperature:g}."]
     return "\n".join(lines)
 
 
 def _stands_in(own: OwnRow, row: PaperRow) -> bool:
     kind = next((kind for kind, mark in MARKS.items() if mark in own.drafter.lower()), None)
-    return row.model.lower() in own.target.lower() and kind == row.drafter
+    return Path(own.target).name.lower() == row.model.lower() and kind == row.drafter and own.temperature == 0
 
 
 def _speedup(own: OwnRow) -> str:

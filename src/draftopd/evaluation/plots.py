@@ -54,8 +54,13 @@ def speedups(report: Report) -> Figure:
     """Expected speedup by block size, with the costs measured here and where bandwidth is all that counts."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     panel = figure.subplots()
-    for colour, expected in zip(COLOURS, report.expected, strict=False):
+    names = dict.fromkeys([*report.drafters, *(e.drafter for e in report.expected)])
+    colours = dict(zip(names, COLOURS * 9, strict=False))
+    for expected in report.expected:
+        colour = colours[expected.drafter]
         for style, name, predictions in (("-", "here", expected.here), (":", "bandwidth only", expected.bandwidth)):
+            if not predictions:
+                continue
             panel.plot(
                 [p.block_size for p in predictions], [p.speedup for p in predictions], style,
                 marker="o", color=colour, label=f"{expected.drafter}, {name}",

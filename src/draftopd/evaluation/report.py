@@ -63,8 +63,8 @@ class Report:
                 gap = difference(second.tau_parts(), first.tau_parts(), groups)
                 found.append(f"{benchmark}: " + sentence("tau", second.drafter, first.drafter, gap))
                 if first.speedup is not None and second.speedup is not None:
-                    a, b = ([(p.speedup, 1.0) for p in r.prompts] for r in (second, first))
-                    gap = difference(a, b, groups, median=True)
+                    a, b = ([(s, 1.0) for s in r.speedups().values()] for r in (second, first))
+                    gap = difference(a, b, list(first.speedups()), median=True)
                     found.append(f"{benchmark}: " + sentence("speedup", second.drafter, first.drafter, gap))
         return found
 
@@ -142,11 +142,12 @@ def expectation(report: Report, expected: Expected) -> str:
 
 def recommendation(expected: Expected) -> str:
     """The block size to choose, here and where bandwidth is all that counts."""
-    here, there = best(expected.here), best(expected.bandwidth)
-    return (
-        f"{expected.drafter}: block size {here.block_size} is expected to be fastest here ({here.speedup:.2f}x); where "
-        f"reading weights is all that a step costs, {there.block_size} ({there.speedup:.2f}x)."
-    )
+    here = best(expected.here)
+    first = f"{expected.drafter}: block size {here.block_size} is expected to be fastest here ({here.speedup:.2f}x)"
+    if not expected.bandwidth:
+        return f"{first}."
+    there = best(expected.bandwidth)
+    return f"{first}; where reading weights is all that a step costs, {there.block_size} ({there.speedup:.2f}x)."
 
 
 def summary(result: Evaluation) -> dict[str, Any]:

@@ -32,7 +32,7 @@ class PromptResult:
     ``entropy_tested[b]`` slots were tested where the target's entropy lies in bin ``b`` of
     :data:`~draftopd.metrics.entropy_acceptance.EDGES`, ``entropy_accepted[b]`` of them accepted. ``plain_features``
     and ``features`` describe both texts above temperature 0, see :func:`~draftopd.evaluation.lossless.features`.
-    ``drafts`` are the text's blocks where it is to be shown.
+    ``batch`` names the batch it was timed in. ``drafts`` are the text's blocks where it is to be shown.
     """
 
     id: str
@@ -47,17 +47,13 @@ class PromptResult:
     speculative_seconds: float
     mismatch: Mismatch | None
     turn: int = 0
+    batch: str = ""
     entropy_tested: list[int] = field(default_factory=lambda: [0] * len(EDGES))
     entropy_accepted: list[int] = field(default_factory=lambda: [0] * len(EDGES))
     plain_features: list[float] = field(default_factory=list)
     features: list[float] = field(default_factory=list)
     question: str = ""
     drafts: list[DraftedBlock] = field(default_factory=list)
-
-    @property
-    def speedup(self) -> float:
-        """Tokens a second with the drafter over plain tokens a second."""
-        return (self.response_tokens / self.speculative_seconds) / (self.plain_response_tokens / self.plain_seconds)
 
 
 @dataclass(frozen=True)
@@ -120,15 +116,27 @@ class Evaluation:
 
     @property
     def speedup(self) -> float | None:
-        """Median over prompts of the paired speedups; None for a decoder that proved not lossless."""
-        return None if self.withheld else statistics.median(p.speedup for p in self.prompts)
+        """Median over batches of the paired speedups; None for a decoder that proved not lossless."""
+        return None if self.withheld else statistics.median(self.speedups().values())
 
     @property
     def speedup_interval(self) -> Interval | None:
-        """Its 95 % interval over examples."""
+        """Its 95 % interval over batches: what was timed together stays together."""
         if self.withheld:
             return None
-        return bootstrap([(p.speedup, 1.0) for p in self.prompts], groups_of(self.prompts), median=True)
+        speedups = self.speedups()
+        return bootstrap([(s, 1.0) for s in speedups.values()], list(speedups), median=True)
+
+    def speedups(self) -> dict[str, float]:
+        """By batch: tokens a second with the drafter over plain tokens a second."""
+        batches: dict[str, list[PromptResult]] = {}
+        for prompt in self.prompts:
+            batches.setdefault(prompt.batch or prompt.id, []).append(prompt)
+        return {
+            name: (sum(p.response_tokens for p in batch) / sum(p.speculative_seconds for p in batch))
+            / (sum(p.plain_response_tokens for p in batch) / sum(p.plain_seconds for p in batch))
+            for name, batch in batches.items()
+        }
 
     @cached_property
     def law_p(self) -> float | None:

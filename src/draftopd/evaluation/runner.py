@@ -118,6 +118,7 @@ class _Run:
                     found = self._result(
                         example, turn, seen[i], drafted[i], plain_seconds / len(batch), seconds / len(batch)
                     )
+                    found = replace(found, batch=batch[0].id)
                     if example.id in shown:
                         question = conversations[i][-1]["content"]
                         found = replace(found, question=question, drafts=blocks_of(drafted[i], self.tokenizer))

@@ -64,10 +64,14 @@ class Served:
     plain_tokens_per_second: float | None = None
     equal: int | None = None
     compared: int | None = None
+    most_differing: float = 0.0
 
     @property
     def lossless(self) -> bool | None:
-        return None if self.compared is None or self.equal is None else self.equal == self.compared
+        """Whether no more texts differ from the plain server's than are tolerated; None where not compared."""
+        if self.compared is None or self.equal is None:
+            return None
+        return self.compared - self.equal <= self.most_differing * self.compared
 
     @property
     def speedup(self) -> float | None:
@@ -90,10 +94,11 @@ class ServerEngine:
         api: ``token_ids``: the OpenAI completions protocol with token ids, vLLM and recent SGLang;
             ``sglang_generate``: SGLang's own endpoint, which counts verifications.
         concurrency: how many requests are under way at once, one measurement each.
+        most_differing: share of texts that may differ from the plain server's, as ties in low precision make them.
         timeout, attempts, api_key_env: see :class:`Address`.
 
     Raises:
-        ConfigError: if a concurrency is below 1.
+        ConfigError: if a concurrency is below 1, or the share outside 0 to 1.
     """
 
     def __init__(
@@ -104,13 +109,16 @@ class ServerEngine:
         plain_model: str | None = None,
         api: Literal["token_ids", "sglang_generate"] = "token_ids",
         concurrency: Sequence[int] = (1, 2, 4, 8, 16),
+        most_differing: float = 0.0,
         timeout: float = 600.0,
         attempts: int = 3,
         api_key_env: str | None = None,
     ) -> None:
         if not concurrency or min(concurrency) < 1:
             raise ConfigError(f"engine.concurrency must list numbers of 1 or more, found {list(concurrency)}.")
-        self.concurrency, self.api = tuple(concurrency), api
+        if not 0 <= most_differing <= 1:
+            raise ConfigError(f"engine.most_differing must lie in 0 to 1, found {most_differing}.")
+        self.concurrency, self.api, self.most_differing = tuple(concurrency), api, most_differing
 
         def address(where: str) -> Address:
             return Address(where, "engine", max(concurrency), timeout, attempts, api_key_env)
@@ -125,14 +133,14 @@ class ServerEngine:
         asking: Asking,
         advance: Callable[[int, int], None] = lambda prompts, tokens: None,
     ) -> list[Served]:
-        """Ask for every prompt at each concurrency; both servers take turns, and each answers once unmeasured.
+        """Ask for every prompt at each concurrency, the servers in turns, and before that once unmeasured.
 
         Raises:
             ServerError: if a server cannot be reached or refuses a request.
         """
         servers = [self.drafted] if self.plain is None else [self.drafted, self.plain]
         for server in servers:
-            server.ask(prompts[: max(self.concurrency)], asking, max(self.concurrency))
+            server.ask(prompts, asking, max(self.concurrency))
         found = []
         for number, concurrency in enumerate(self.concurrency):
             measured = {}
@@ -162,7 +170,15 @@ class ServerEngine:
         pairs = [(a.tokens, b.tokens) for a, b in zip(own.answers, plain.answers, strict=True) if a.tokens and b.tokens]
         compared = len(pairs) if asking.sampling.greedy and pairs else None
         equal = sum(a == b for a, b in pairs) if compared else None
-        return Served(**asdict(served) | {"plain_tokens_per_second": plain.rate, "equal": equal, "compared": compared})
+        return Served(
+            **asdict(served)
+            | {
+                "plain_tokens_per_second": plain.rate,
+                "equal": equal,
+                "compared": compared,
+                "most_differing": self.most_differing,
+            }
+        )
 
 
 @dataclass(frozen=True)

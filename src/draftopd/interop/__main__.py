@@ -114,6 +114,8 @@ def main(arguments: list[str] | None = None) -> None:
         advice = options.run(options)
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
+    except OSError as error:
+        sys.exit(f"Error: {options.output} cannot be written: {error}. Name a directory that can.")
     print(f"wrote {options.output}\n{advice}")
 
 

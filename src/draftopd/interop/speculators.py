@@ -41,6 +41,11 @@ def write_speculators(
         DrafterError: if the drafter was not made for this target, or taps its last layer where that cannot be said.
     """
     drafter.check_fits(target)
+    if str(target.config.get("model_type", "")).startswith("gemma"):
+        raise DrafterError(
+            f"{target.path} scales its embeddings, which the speculators format cannot say: export the drafter in its "
+            "public format."
+        )
     tensors = cast(drafter.state_dict(), dtype)
     if isinstance(drafter, DFlashDrafter):
         config = _dflash_config(drafter, target, name)

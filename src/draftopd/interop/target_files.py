@@ -28,7 +28,12 @@ class TargetFiles:
 
     def __init__(self, path: str) -> None:
         self.path = resolve(path)
-        raw = json.loads(self._file("config.json").read_text(encoding="utf-8"))
+        try:
+            raw = json.loads(self._file("config.json").read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise TargetError(f"config.json of {path} cannot be read: {error}. Copy or download it again.") from error
+        if not isinstance(raw, dict):
+            raise TargetError(f"config.json of {path} is no JSON object: name a directory in Hugging Face layout.")
         self.architectures: list[str] = raw.get("architectures") or []
         self.config: dict[str, Any] = raw.get("text_config") or raw
         try:
@@ -42,24 +47,32 @@ class TargetFiles:
         return self._tensor("embed_tokens.weight")
 
     def lm_head(self) -> Tensor:
-        """``[vocab, hidden]``; the embedding where the two are tied."""
-        if self.config.get("tie_word_embeddings"):
+        """``[vocab, hidden]``; the embedding where the two are tied, or the files have no other."""
+        if self.config.get("tie_word_embeddings") or not self._named("lm_head.weight"):
             return self.embedding()
         return self._tensor("lm_head.weight")
 
+    def _named(self, ending: str) -> dict[str, str]:
+        """Tensors whose name ends so, and the files they lie in."""
+        try:
+            index = self._file(_INDEX, needed=False)
+            if index is not None:
+                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+            else:
+                with safe_open(self._file(_WHOLE), framework="pt") as file:
+                    places = dict.fromkeys(file.keys(), _WHOLE)
+        except (SafetensorError, ValueError, KeyError) as error:
+            raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
+        return {name: place for name, place in places.items() if name.endswith(ending)}
+
     def _tensor(self, ending: str) -> Tensor:
-        index = self._file(_INDEX, needed=False)
-        if index is not None:
-            places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        else:
-            with safe_open(self._file(_WHOLE), framework="pt") as file:
-                places = dict.fromkeys(file.keys(), _WHOLE)
-        found = [name for name in places if name.endswith(ending)]
+        found = self._named(ending)
         if len(found) != 1:
             raise TargetError(f"{self.path} has {len(found)} tensors named *{ending}, expected one.")
+        ((name, place),) = found.items()
         try:
-            with safe_open(self._file(places[found[0]]), framework="pt") as file:
-                return file.get_tensor(found[0])
+            with safe_open(self._file(place), framework="pt") as file:
+                return file.get_tensor(name)
         except SafetensorError as error:
             raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
 
