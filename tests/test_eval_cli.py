@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 
 from draftopd.cli.app import _problem
@@ -343,3 +344,34 @@ def test_one_path_for_several_benchmarks() -> None:
     chosen = {"path": "FILE", "reasoning": {}, "jsonl": {}}
     with pytest.raises(ConfigError, match="reasoning and jsonl were chosen"):
         read_benchmarks(OmegaConf.create({"benchmark": chosen}), None)
+
+
+@pytest.mark.parametrize(
+    "overrides, message",
+    [
+        (["benchmark.path=mine.jsonl"], "reasoning reads none"),
+        (
+            ["benchmark=[gsm8k,humaneval]", "benchmark.path=F"],
+            r"gsm8k and humaneval were chosen.*benchmark.gsm8k.path=F",
+        ),
+        (
+            ["benchmark=[reasoning,jsonl]", "benchmark.jsonl.path=reasoning.jsonl"],
+            "Two benchmarks are called reasoning",
+        ),
+    ],
+)
+def test_benchmarks_and_files_that_do_not_go_together(
+    overrides: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "reasoning.jsonl").write_text('{"prompt": "x"}\n')
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("eval", overrides)
+    with pytest.raises(ConfigError, match=message):
+        read_benchmarks(config, 1)
+
+
+@pytest.mark.slow
+def test_a_server_takes_no_drafter_of_ours(tmp_path: Path) -> None:
+    done = evaluate(tmp_path, "engine=server", "engine.url=http://127.0.0.1:9", "checkpoint=bundled:tiny_dflash")
+    refused(done, "checkpoint=bundled:tiny_dflash would have no effect")

@@ -312,3 +312,33 @@ def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     torch.save({"state_dict": {}}, path)
     with pytest.raises(DrafterError, match="no checkpoint of a training run"):
         read_training_checkpoint(path)
+
+
+def test_a_target_that_scales_its_embeddings_is_refused(
+    target_dirs: dict[str, Path], make_any: MakeDrafter, tmp_path: Path
+) -> None:
+    target = Target.load(str(target_dirs["gemma3"]), dtype="float32")
+    files = TargetFiles(str(target_dirs["gemma3"]))
+    with pytest.raises(DrafterError, match="scales its embeddings.*public format"):
+        write_speculators(make_any("dflash", target), tmp_path / "out", files, "x")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("content", ["{", "[]"])
+def test_a_target_config_that_is_none(content: str, tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(content)
+    with pytest.raises(TargetError, match="cannot be read|no JSON object"):
+        TargetFiles(str(tmp_path))
+
+
+def test_damaged_target_weights_are_named(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
+    (tmp_path / "model.safetensors").write_bytes((target_dirs["llama"] / "model.safetensors").read_bytes()[:900])
+    with pytest.raises(TargetError, match="cannot be read"):
+        TargetFiles(str(tmp_path)).embedding()
+
+
+def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(SystemExit, match="cannot be written"):
+        main(["export", "bundled:tiny_dflash", str(tmp_path / "file")])
