@@ -57,9 +57,9 @@ def run(config: DictConfig) -> TrainingReport:
     texts_of_the_target = partial(first_texts, data, rollout, target, tokenizer, directory, config.seed)
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
     data.slots = drafter.num_proposals
-    if config.drafter.checkpoint is None and depends_on_drafter(config.data.anchors):
+    if config.drafter.get("checkpoint") is None and depends_on_drafter(config.data.anchors):
         log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
-    if config.drafter.checkpoint is not None:
+    if config.drafter.get("checkpoint") is not None:
         for given in HydraConfig.get().overrides.task:
             name = given.split("=")[0].lstrip("+")
             if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
