@@ -103,7 +103,7 @@ def test_each_drafter_is_lossless_after_learning(drafts: str, target: Target, ma
 
 def test_the_table_in_the_docs_is_this_one() -> None:
     text = (ROOT / "docs" / "combinations.md").read_text()
-    rows = [line for line in text.splitlines() if line.startswith("| `")]
+    rows = [line for line in text.splitlines() if line.startswith("| `") and "yes" in line]
     assert [row.split("`")[1] for row in rows] == list(LOSSES)
     assert all(row.count("yes") == 2 * len(DRAFTERS) for row in rows)
     for kind in (Path(p).stem for p in (ROOT / "configs" / "drafter").glob("*.yaml")):

@@ -169,7 +169,7 @@ def test_overrides_that_fit(overrides: list[str]) -> None:
         (["verification=rejektion_sampling"], ["did you mean 'rejection_sampling'?"]),
         (["temperature=-1"], ["temperature must be 0 (greedy) or more, found -1"]),
         (["benchmark.reasoning.count=0"], ["benchmark.reasoning.count must be 1 or more"]),
-        (["benchmark=[reasoning,jsonl]", "benchmark.path=/x"], ["names one file", "benchmark.reasoning.path=FILE"]),
+        (["benchmark=[gsm8k,mbpp]", "benchmark.path=/x"], ["names one file", "benchmark.gsm8k.path=FILE"]),
         (["benchmark=[gsm8k]", "benchmark.path=/no/such.jsonl"], ["file /no/such.jsonl", "benchmark.gsm8k.path=FILE"]),
         (["benchmark=jsonl", "benchmark.path=/no/such.jsonl"], ["No prompt file", "benchmark.path=FILE"]),
         (["checkpoint=/no/such/drafter"], ["No drafter in /no/such/drafter: there is no such directory"]),
@@ -198,7 +198,7 @@ def test_a_running_server(tmp_path: Path) -> None:
     with serving(Engine([2, 1])) as drafted, serving(Engine()) as plain:
         done = evaluate(
             tmp_path, "engine=server", f"engine.url={drafted.url}", f"engine.plain_url={plain.url}", "limit=3",
-            "engine.concurrency=[1,2]", "checkpoint=null", "max_new_tokens=16",
+            "engine.concurrency=[1,2]", "max_new_tokens=16",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         bodies = drafted.requests
@@ -341,8 +341,8 @@ def test_names_of_checkpoints(tmp_path: Path) -> None:
 
 
 def test_one_path_for_several_benchmarks() -> None:
-    chosen = {"path": "FILE", "reasoning": {}, "jsonl": {}}
-    with pytest.raises(ConfigError, match="reasoning and jsonl were chosen"):
+    chosen = {"path": "FILE", "gsm8k": {"path": "FILE"}, "jsonl": {"path": "FILE"}}
+    with pytest.raises(ConfigError, match="gsm8k and jsonl were chosen"):
         read_benchmarks(OmegaConf.create({"benchmark": chosen}), None)
 
 
