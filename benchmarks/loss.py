@@ -1,0 +1,135 @@
+"""What the losses over the full vocabulary cost: in chunks as here, and naively.
+
+    python benchmarks/loss.py                                     # 4,096 positions, vocabulary 152 K
+    python benchmarks/loss.py --positions 1024 --vocabulary 32000 --hidden 2048 --device cuda
+
+Naively means: all logits of drafter and target at once, divergence, backward. Every case runs in a process of its own,
+which reports its peak memory beyond what it held before, and the median seconds of value and gradient. On a GPU with
+liger-kernel installed the chunked cross entropy is liger's. The results go to a JSON file with machine and versions.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import resource
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from machine import describe
+from torch import Tensor, nn
+
+from draftopd.losses import liger
+from draftopd.losses.blocks import Blocks
+from draftopd.losses.cross_entropy import CrossEntropy
+from draftopd.losses.divergence import forward_kl, reverse_kl
+from draftopd.losses.kl import ForwardKL, ReverseKL
+from draftopd.targets.head import LMHead
+
+RESULTS = Path(__file__).parent / "results" / "loss.json"
+LOSSES = {"forward_kl": (ForwardKL, forward_kl), "reverse_kl": (ReverseKL, reverse_kl), "cross_entropy": (None, None)}
+WAYS = ("chunked", "naive")
+SLOTS = 8
+
+
+def blocks_of(options: argparse.Namespace) -> Blocks:
+    """Random states under a frozen head."""
+    generator = torch.Generator().manual_seed(0)
+    device, dtype = options.device, getattr(torch, options.dtype)
+    count = options.positions // SLOTS
+
+    def states() -> Tensor:
+        return torch.randn(count, SLOTS, options.hidden, generator=generator).to(device, dtype)
+
+    head = nn.Linear(options.hidden, options.vocabulary, bias=False, device=device, dtype=dtype).requires_grad_(False)
+    tokens = torch.randint(options.vocabulary, (count, SLOTS), generator=generator).to(device)
+    every = torch.ones(count, SLOTS, dtype=torch.bool, device=device)
+    return Blocks(
+        student=states().requires_grad_(), teacher=states(), head=LMHead(head), proposals=tokens, labels=tokens,
+        accepted=torch.zeros(count, dtype=torch.long, device=device), valid=every, recorded=every,
+    )  # fmt: skip
+
+
+def step_of(options: argparse.Namespace, blocks: Blocks) -> Callable[[], Tensor]:
+    """Computes the loss; its caller takes the gradient."""
+    if options.way != "naive":
+        loss = CrossEntropy(gamma=1e9) if options.loss == "cross_entropy" else LOSSES[options.loss][0]()
+        return lambda: loss(blocks).loss
+    head = blocks.head
+    if options.loss == "cross_entropy":
+        return lambda: nn.functional.cross_entropy(head.logits(blocks.student).flatten(0, 1), blocks.labels.flatten())
+    divergence = LOSSES[options.loss][1]
+    teacher = blocks.teacher.flatten(0, 1)
+    return lambda: divergence(head.logits(blocks.student).flatten(0, 1), head.logits(teacher).log_softmax(-1)).mean()
+
+
+def measure(options: argparse.Namespace) -> dict[str, float]:
+    """Seconds and peak memory of one case, in this process."""
+    blocks = blocks_of(options)
+    cuda = options.device == "cuda"
+
+    def held() -> float:
+        return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+    step, before, seconds = step_of(options, blocks), held(), []
+    for number in range(options.rounds + 1):
+        blocks.student.grad = None
+        began = time.perf_counter()
+        value = step()
+        value.backward()
+        if cuda:
+            torch.cuda.synchronize()
+        if number:  # the first warms up
+            seconds.append(time.perf_counter() - began)
+    gradient = blocks.student.grad
+    assert gradient is not None
+    return {
+        "seconds": statistics.median(seconds),
+        "peak_mib": (held() - before) / 2**20,
+        "value": float(value),
+        "gradient_norm": float(gradient.float().norm()),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--positions", type=int, default=4096)
+    parser.add_argument("--vocabulary", type=int, default=151_936)
+    parser.add_argument("--hidden", type=int, default=256)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--loss", choices=LOSSES, help="only this one")
+    parser.add_argument("--way", choices=WAYS, help=argparse.SUPPRESS)
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    options = parser.parse_args()
+    if options.way:
+        print(json.dumps(measure(options)))
+        return
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for loss in [options.loss] if options.loss else LOSSES:
+        found[loss] = {}
+        for way in WAYS:
+            command = [sys.executable, __file__, *sys.argv[1:], "--way", way, "--loss", loss]
+            done = subprocess.run(command, capture_output=True, text=True, check=True)
+            found[loss][way] = json.loads(done.stdout.splitlines()[-1])
+        chunked, naive = found[loss]["chunked"], found[loss]["naive"]
+        time_ratio, memory_ratio = (chunked[what] / naive[what] for what in ("seconds", "peak_mib"))
+        print(
+            f"{loss:14} chunked {chunked['seconds']:6.2f} s {chunked['peak_mib']:7.0f} MiB   "
+            f"naive {naive['seconds']:6.2f} s {naive['peak_mib']:7.0f} MiB   "
+            f"time x{time_ratio:.2f}, memory {memory_ratio:.1%}"
+        )
+    content = {"machine": describe(), "liger": liger.installed(), "arguments": vars(options), "losses": found}
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
+    print(f"wrote {options.results}")
+
+
+if __name__ == "__main__":
+    main()
