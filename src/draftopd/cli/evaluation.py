@@ -67,7 +67,7 @@ def run(config: DictConfig) -> Report | list[Served]:
         "settings": {name: value for name, value in asdict(settings).items() if name not in judged_later},
         "drafters": {name: _weights(drafter) for name, drafter in drafters.items()},
         "examples": {name: _digest(examples) for name, examples in suites.items()},
-    }  # fmt: skip
+    }
     store = ResultStore(directory, identity)
     stop = stop_tokens(target, tokenizer)
     with rollout_progress(sum(map(len, suites.values())), label="Evaluating") as advance:

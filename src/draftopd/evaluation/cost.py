@@ -130,8 +130,9 @@ def predict_bandwidth(target: Target, drafter: Drafter, accepted: Sequence[int])
         return []
     embedding = target.model.get_input_embeddings().weight
     head = drafter.head(target).weight
-    whole = sum(p.numel() for p in target.model.parameters() if p is not embedding) + target.head.weight.numel()
-    whole -= target.head.weight.numel() if target.head.weight is not embedding else 0
+    # Of the embedding a step reads one row, unless it is the LM head too.
+    read = (p for p in target.model.parameters() if p is not embedding or p is target.head.weight)
+    whole = sum(p.numel() for p in read)
     own = sum(p.numel() for p in drafter.parameters() if p.requires_grad and p is not head)
     step = (own + head.numel()) / whole
     return [
