@@ -342,6 +342,16 @@ class TestEnds:
         assert result.anchors == list(range(len(text[0]), len(text[0]) + 8))
 
 
+def correction_from_target(
+    proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None
+) -> Verdict:
+    """Wrong: takes the token after a rejection from the target's law, not from what acceptance left of it."""
+    chosen = proposals[..., None]
+    ratio = p[..., :-1, :].gather(-1, chosen) / q.gather(-1, chosen)
+    accepted = accepted_prefix(torch.rand(proposals.shape, generator=generator) < ratio[..., 0])
+    return Verdict(accepted, draw(p[torch.arange(len(accepted)), accepted], generator))
+
+
 class TestSampled:
     """Above temperature 0, over six tokens, against the target's own law written out in full."""
 
@@ -413,15 +423,6 @@ class TestSampled:
         chi_square: Callable[[Tensor, Tensor], float],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        def correction_from_target(
-            proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None
-        ) -> Verdict:
-            chosen = proposals[..., None]
-            ratio = p[..., :-1, :].gather(-1, chosen) / q.gather(-1, chosen)
-            accepted = accepted_prefix(torch.rand(proposals.shape, generator=generator) < ratio[..., 0])
-            rows = torch.arange(len(accepted))
-            return Verdict(accepted, draw(p[rows, accepted], generator))
-
         monkeypatch.setattr(generate, "verify_rejection", correction_from_target)
         drafter = make_drafter(target, block_size=self.BLOCK)
         values = self.p_values(target, drafter, Sampling(1.0), "rejection_sampling", chi_square)

@@ -7,11 +7,12 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
+from tests.decoding.test_generate import correction_from_target
 from torch import Tensor
 
 from draftopd.decoding import generate
 from draftopd.decoding.sampling import draw
-from draftopd.decoding.verify import Verdict, accepted_prefix
+from draftopd.decoding.verify import Verdict
 from draftopd.evaluation.benchmark import ReasoningBenchmark
 from draftopd.evaluation.lossless import CLASSES, Mismatch, compare, features, same_law
 from draftopd.evaluation.results import Evaluation
@@ -112,16 +113,6 @@ def test_which_is_which_does_not_matter() -> None:
 
 def test_texts_that_are_all_equal() -> None:
     assert same_law([([1.0, 2.0], [1.0, 2.0])] * 5) == 1.0
-
-
-def correction_from_target(
-    proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None
-) -> Verdict:
-    """Takes the token after a rejection from the target's law, not from what acceptance left of it."""
-    chosen = proposals[..., None]
-    ratio = p[..., :-1, :].gather(-1, chosen) / q.gather(-1, chosen)
-    accepted = accepted_prefix(torch.rand(proposals.shape, generator=generator) < ratio[..., 0])
-    return Verdict(accepted, draw(p[torch.arange(len(accepted)), accepted], generator))
 
 
 def accepts_everything(proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None) -> Verdict:

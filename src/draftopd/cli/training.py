@@ -57,17 +57,7 @@ def run(config: DictConfig) -> TrainingReport:
     texts_of_the_target = partial(first_texts, data, rollout, target, tokenizer, directory, config.seed)
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
     data.slots = drafter.num_proposals
-    if config.drafter.get("checkpoint") is None and depends_on_drafter(config.data.anchors):
-        log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
-    if config.drafter.get("checkpoint") is not None:
-        for given in HydraConfig.get().overrides.task:
-            name = given.split("=")[0].lstrip("+")
-            if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
-                log.warning(
-                    "%s has no effect: %s was loaded. Start fresh with drafter.checkpoint=null.",
-                    given,
-                    config.drafter.checkpoint,
-                )
+    _advise(config)
     schedule, fresh = config.refresh, None
     texts, every_n_steps = rollout, schedule.every_n_steps
     if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):
@@ -133,6 +123,19 @@ def first_texts(
         )  # fmt: skip
         for batch in source.collect(request):
             yield from (text.response for text in batch)
+
+
+def _advise(config: DictConfig) -> None:
+    """Warn of options without effect, and of on-policy training that begins with random weights."""
+    checkpoint = config.drafter.get("checkpoint")
+    if checkpoint is None:
+        if depends_on_drafter(config.data.anchors):
+            log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
+        return
+    for given in HydraConfig.get().overrides.task:
+        name = given.split("=")[0].lstrip("+")
+        if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
+            log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)
 
 
 def check_refresh(config: DictConfig, rollout: Rollout) -> None:
