@@ -72,11 +72,17 @@ def main() -> None:
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(options.prompts))
     decoders = {"plain": Decoder(target, None, max_new_tokens=options.tokens, stop=stop)}
     decoders["speculative"] = Decoder(target, drafter, max_new_tokens=options.tokens, stop=stop)
+    for kind in tuple(decoders):
+        model = decoders[kind].drafter
+        decoders[f"{kind}, compiled"] = Decoder(target, model, max_new_tokens=options.tokens, stop=stop, compiled=True)
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
         drafter.save(Path(name) / "drafter", torch.float32)
+        began = time.perf_counter()
         for decoder in decoders.values():
-            timed(decoder, prompts[:2], 1)
+            for batch in options.batches:
+                timed(decoder, prompts, batch)
+        print(f"compiled and warmed up in {time.perf_counter() - began:.0f} s")
         for _ in range(options.rounds):
             texts = None
             for batch in options.batches:
@@ -91,15 +97,17 @@ def main() -> None:
                 assert public["texts"] == texts, "the public code's texts differ"
     medians = {name: statistics.median(values) for name, values in rates.items()}
     for name, rate in medians.items():
-        print(f"{name:28} {rate:8.0f} tokens/s")
-    own = medians["speculative, batch 1"]
-    ratios = {"over plain, batch 1": own / medians["plain, batch 1"]}
-    if options.reference:
-        ratios["over the public code, batch 1"] = own / medians["public DFlash code, batch 1"]
-    for batch in options.batches[1:]:
-        ratios[f"batch {batch} over batch 1"] = medians[f"speculative, batch {batch}"] / own
+        print(f"{name:40} {rate:8.0f} tokens/s")
+    ratios = {}
+    for suffix in ("", ", compiled"):
+        own = medians[f"speculative{suffix}, batch 1"]
+        ratios[f"over plain{suffix}, batch 1"] = own / medians[f"plain{suffix}, batch 1"]
+        if options.reference:
+            ratios[f"over the public code{suffix}, batch 1"] = own / medians["public DFlash code, batch 1"]
+        for batch in options.batches[1:]:
+            ratios[f"batch {batch} over batch 1{suffix}"] = medians[f"speculative{suffix}, batch {batch}"] / own
     for name, ratio in ratios.items():
-        print(f"{name:28} {ratio:8.2f} x")
+        print(f"{name:40} {ratio:8.2f} x")
     content = {"machine": describe(), "arguments": vars(options), "rates": rates, "medians": medians, "ratios": ratios}
     options.results.parent.mkdir(exist_ok=True)
     options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")

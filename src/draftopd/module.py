@@ -45,6 +45,7 @@ class DraftModule(L.LightningModule):
         max_new_tokens: response limit in validation.
         verification: acceptance rule above temperature 0, in replay and validation.
         seed: of proposals drawn above temperature 0.
+        compiled: decode through torch.compile in validation.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
     """
 
@@ -63,6 +64,7 @@ class DraftModule(L.LightningModule):
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",
         seed: int = 0,
+        compiled: bool = False,
         fresh: FreshAnchors | None = None,
     ) -> None:
         super().__init__()
@@ -73,7 +75,7 @@ class DraftModule(L.LightningModule):
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate = warmup, final_rate
-        self.max_new_tokens, self.seed, self.fresh = max_new_tokens, seed, fresh
+        self.max_new_tokens, self.seed, self.fresh, self.compiled = max_new_tokens, seed, fresh, compiled
         self.strict_loading = False  # checkpoints hold no target
         self.clock = Stopwatch()
         self.tokens_seen = 0
@@ -180,7 +182,9 @@ class DraftModule(L.LightningModule):
 
     def decoder(self) -> Decoder:
         """Speculative decoding with the drafter as it is now."""
-        return Decoder(self.target, self.drafter, self.sampling, self.verification, self.max_new_tokens, self.stop)
+        return Decoder(
+            self.target, self.drafter, self.sampling, self.verification, self.max_new_tokens, self.stop, self.compiled
+        )
 
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.AdamW(

@@ -13,7 +13,7 @@ from tests.conftest import DRAFTERS, KINDS
 from torch import Tensor
 
 from draftopd.data.reasoning import problems
-from draftopd.decoding import generate
+from draftopd.decoding import step
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling, draw
 from draftopd.decoding.verify import Verdict, Verification, accepted_prefix
@@ -423,7 +423,7 @@ class TestSampled:
         chi_square: Callable[[Tensor, Tensor], float],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(generate, "verify_rejection", correction_from_target)
+        monkeypatch.setattr(step, "verify_rejection", correction_from_target)
         drafter = make_drafter(target, block_size=self.BLOCK)
         values = self.p_values(target, drafter, Sampling(1.0), "rejection_sampling", chi_square)
         assert max(values) < 1e-9
@@ -446,7 +446,7 @@ class TestSampled:
                 def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
                     return Sampling(1.0).choose(logits, generator)
 
-            decoder.draft_sampling = Mismatched(0.7, top_k=4)
+            decoder.rules = decoder.rules._replace(draft=Mismatched(0.7, top_k=4))
 
         monkeypatch.setattr(Decoder, "__init__", init)
         values = self.p_values(

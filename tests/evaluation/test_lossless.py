@@ -10,7 +10,7 @@ import torch
 from tests.decoding.test_generate import correction_from_target
 from torch import Tensor
 
-from draftopd.decoding import generate
+from draftopd.decoding import step
 from draftopd.decoding.sampling import draw
 from draftopd.decoding.verify import Verdict
 from draftopd.evaluation.benchmark import ReasoningBenchmark
@@ -128,7 +128,7 @@ def test_a_decoder_of_another_law_is_caught(
     wrong: Callable[..., Verdict], count: int, evaluate_bundled: Callable[..., Evaluation],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(generate, "verify_rejection", wrong)
+    monkeypatch.setattr(step, "verify_rejection", wrong)
     result = evaluate_bundled(examples=ReasoningBenchmark(count=count).examples(), **SAMPLED)
     assert result.law_p is not None and result.law_p < 1e-3
     assert result.speedup is None and result.speedup_interval is None

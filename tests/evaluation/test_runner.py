@@ -12,7 +12,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder
-from draftopd.decoding import generate
+from draftopd.decoding import step
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.verify import Verdict, verify_matching
 from draftopd.drafters.base import Drafter
@@ -281,7 +281,7 @@ def too_generous(proposals: Tensor, target_tokens: Tensor) -> Verdict:
 
 
 def test_a_decoder_that_accepts_too_much_is_caught(evaluate_bundled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "verify_matching", too_generous)
+    monkeypatch.setattr(step, "verify_matching", too_generous)
     result = evaluate_bundled()
     assert result.mismatches and result.speedup is None
     assert result.withheld == f"not lossless: {len(result.mismatches)} of 3 texts differ"
@@ -297,7 +297,7 @@ def wrong_slot(proposals: Tensor, target_tokens: Tensor) -> Verdict:
 
 
 def test_a_decoder_with_a_wrong_correction_is_caught(evaluate_bundled: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(generate, "verify_matching", wrong_slot)
+    monkeypatch.setattr(step, "verify_matching", wrong_slot)
     assert evaluate_bundled().speedup is None
 
 

@@ -66,7 +66,8 @@ def run(config: DictConfig) -> TrainingReport:
         texts, every_n_steps = rollout.texts_only(), None
     module = DraftModule(
         target, drafter, instantiate(config.loss), rollout.sampling, stop_tokens(target, tokenizer),
-        max_new_tokens=config.max_new_tokens, verification=rollout.verification, seed=config.seed, fresh=fresh,
+        max_new_tokens=config.max_new_tokens, verification=rollout.verification, seed=config.seed,
+        compiled=config.compiled, fresh=fresh,
         **instantiate(config.module, _convert_="all"),
     )  # fmt: skip
     refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)

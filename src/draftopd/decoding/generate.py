@@ -1,7 +1,7 @@
 """Batched speculative decoding, and plain decoding by the same engine.
 
-Every step has one shape: a block of ``B`` tokens a row. Rows accept different numbers of proposals;
-since the caches are addressed by position, accepting is nothing but moving a row's anchor.
+Every step has one shape: a block of ``B`` tokens a row (:mod:`draftopd.decoding.step`). Rows accept different
+numbers of proposals; since the caches are addressed by position, accepting is nothing but moving a row's anchor.
 """
 
 from __future__ import annotations
@@ -10,13 +10,16 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verdict, Verification, verify_matching, verify_rejection
+from draftopd.decoding.step import Rules, compiled_step, decoding_step
+from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.targets.target import Target
+
+#: Compiled for a GPU, caches grow in steps of so many positions, so that few shapes occur.
+CAPACITY_STEP = 512
 
 
 @dataclass
@@ -56,6 +59,8 @@ class Decoder:
         verification: used above temperature 0; at 0 both rules are the same.
         max_new_tokens: response limit.
         stop: token ids that end a response (and are part of it).
+        compiled: run the steps through torch.compile. The first steps then take up to a minute, those after them
+            less time than before; logits may differ in the last bits.
     """
 
     def __init__(
@@ -66,13 +71,15 @@ class Decoder:
         verification: Verification = "rejection_sampling",
         max_new_tokens: int = 256,
         stop: frozenset[int] = frozenset(),
+        compiled: bool = False,
     ) -> None:
         self.target, self.drafter = target, drafter
         self.sampling, self.verification = sampling, verification
         self.max_new_tokens, self.stop = max_new_tokens, stop
-        self.rejection = verification == "rejection_sampling" and not sampling.greedy
+        rejection = verification == "rejection_sampling" and not sampling.greedy
         # Target-only verification compares the target's sample with the drafter's most likely token.
-        self.draft_sampling = sampling if self.rejection else Sampling()
+        self.rules = Rules(sampling, sampling if rejection else Sampling(), rejection)
+        self.compiled = compiled
         if drafter is not None:
             drafter.check_fits(target)
             target.tap(drafter.target_layer_ids)
@@ -109,9 +116,14 @@ class Decoder:
         """Decode one batch of checked prompts."""
         target, drafter, size = self.target, self.drafter, self.block_size
         device = target.device
+        step = compiled_step(device.type == "cuda") if self.compiled else decoding_step
+        # CUDA graphs want the same shapes and the same memory in every step: nothing shrinks or grows.
+        rigid = self.compiled and device.type == "cuda"
         results = [Decoded(list(p)) for p in prompts]
         longest = max(len(p) for p in prompts)
         capacity = longest + self.max_new_tokens + size
+        if rigid:
+            capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         cache = target.new_cache(capacity)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
         for row, prompt in enumerate(prompts):
@@ -132,53 +144,32 @@ class Decoder:
             alive = [i for i, row in enumerate(rows) if not results[row].finish]
             if not alive:
                 return results
-            if len(alive) < len(rows):
+            if len(alive) < len(rows) and not rigid:
                 keep = torch.tensor(alive, device=device)
                 rows, anchors, tokens = [rows[i] for i in alive], anchors[keep], tokens[keep]
                 cache.select(keep)
                 if drafter is not None:
                     drafter.select(state, keep)
-            visible = max(len(results[row].tokens) for row in rows) - 1
-            block, probs = self._draft(state, anchors, tokens, visible, generator)
-            positions = anchors[:, None] + torch.arange(size, device=device)
-            reading = target.read(block, cache, positions, visible + size)
-            if drafter is not None:
-                drafter.observe(target, state, reading.features, block, positions)
-            verdict = self._verify(block[:, 1:], probs, target.head.logits(reading.hidden), generator)
-            drafted = block[:, 1:].tolist()
-            for i, (n, token) in enumerate(zip(verdict.accepted.tolist(), verdict.token.tolist(), strict=True)):
-                result = results[rows[i]]
-                result.anchors.append(len(result.tokens) - 1)
-                emitted = self._emit(result, [*drafted[i][:n], token])
-                result.accepted.append(min(n, emitted))
-                result.emitted.append(emitted)
-                result.proposals.append(drafted[i])
-            anchors, tokens = anchors + verdict.accepted + 1, verdict.token
+            visible = capacity - size if rigid else max(len(results[row].tokens) for row in rows) - 1
+            block, accepted, tokens = step(
+                target, drafter, self.rules, cache, state, anchors, tokens, visible, generator
+            )
+            # The last place of the cache is out of reach of all but rows that have ended.
+            anchors = (anchors + accepted + 1).clamp_max(capacity - size)
+            # One transfer a step, the only time the host waits.
+            for row, (*drafted, n, token) in zip(
+                rows, torch.cat([block[:, 1:], accepted[:, None], tokens[:, None]], 1).tolist(), strict=True
+            ):
+                if not results[row].finish:
+                    self._record(results[row], drafted, n, token)
 
-    def _draft(
-        self, state: object, anchors: Tensor, tokens: Tensor, visible: int, generator: torch.Generator | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """The block ``[batch, B]``, and the proposals' distributions where verification needs them."""
-        if self.drafter is None:
-            return tokens[:, None], None
-        head, distributions = self.drafter.head(self.target), []
-
-        def choose(hidden: Tensor) -> Tensor:
-            logits = head.target_logits(hidden)
-            if self.rejection:
-                distributions.append(self.draft_sampling.probabilities(logits)[:, 0])
-            return self.draft_sampling.choose(logits, generator)
-
-        draft = self.drafter.draft(self.target, state, anchors, tokens, visible, choose)
-        probs = torch.cat(distributions, dim=-2) if distributions else None
-        return torch.cat([tokens[:, None], draft.tokens[:, 0]], dim=1), probs
-
-    def _verify(
-        self, proposals: Tensor, probs: Tensor | None, logits: Tensor, generator: torch.Generator | None
-    ) -> Verdict:
-        if probs is not None:
-            return verify_rejection(proposals, probs, self.sampling.probabilities(logits), generator)
-        return verify_matching(proposals, self.sampling.choose(logits, generator))
+    def _record(self, result: Decoded, drafted: list[int], accepted: int, token: int) -> None:
+        """Add a verified block."""
+        result.anchors.append(len(result.tokens) - 1)
+        emitted = self._emit(result, [*drafted[:accepted], token])
+        result.accepted.append(min(accepted, emitted))
+        result.emitted.append(emitted)
+        result.proposals.append(drafted)
 
     def _emit(self, result: Decoded, tokens: list[int]) -> int:
         """Append tokens up to a stop token or the limit; says how many were kept."""

@@ -73,7 +73,7 @@ class _Run:
     ) -> None:
         self.target, self.tokenizer, self.settings = target, tokenizer, settings
         self.encoder = PromptEncoder(tokenizer, settings.thinking, max_tokens=target.max_positions)
-        common = settings.sampling, settings.verification, settings.max_new_tokens, stop
+        common = settings.sampling, settings.verification, settings.max_new_tokens, stop, settings.compiled
         self.plain = Decoder(target, None, *common)
         self.drafted = {name: Decoder(target, drafter, *common) for name, drafter in drafters.items()}
         self.decoders = [self.plain, *self.drafted.values()]

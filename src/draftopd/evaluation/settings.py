@@ -29,6 +29,7 @@ class Settings:
         tie_tolerance: logit gap up to which a difference from plain decoding is a tie; None: by the target's
             precision, see :data:`TIES`.
         shown: so many examples a benchmark whose drafts the report shows.
+        compiled: run the decoding steps, plain ones too, through torch.compile.
 
     Raises:
         ConfigError: if a value lies outside its range.
@@ -45,6 +46,7 @@ class Settings:
     seed: int = 0
     tie_tolerance: float | None = None
     shown: int = 3
+    compiled: bool = False
 
     def __post_init__(self) -> None:
         try:

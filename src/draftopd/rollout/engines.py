@@ -49,6 +49,7 @@ class SpeculativeRollout:
         max_new_tokens: response limit.
         temperature, top_k, top_p: see :class:`Sampling`.
         verification: acceptance rule above temperature 0.
+        compiled: run the decoding steps through torch.compile.
     """
 
     records_anchors = True
@@ -63,16 +64,18 @@ class SpeculativeRollout:
         top_k: int = 0,
         top_p: float = 1.0,
         verification: Verification = "rejection_sampling",
+        compiled: bool = False,
     ) -> None:
-        self.batch_size = batch_size
+        self.batch_size, self.compiled = batch_size, compiled
         self.max_new_tokens = max_new_tokens
         self.sampling = Sampling(temperature, top_k, top_p)
         self.verification = verification
 
     def collect(self, request: Request) -> Iterator[list[Recorded]]:
         decoder = Decoder(
-            request.target, request.drafter, self.sampling, self.verification, self.max_new_tokens, request.stop
-        )
+            request.target, request.drafter, self.sampling, self.verification, self.max_new_tokens, request.stop,
+            self.compiled,
+        )  # fmt: skip
         for batch in decoder.decode(request.prompts(), self.batch_size, request.seed):
             request.progress(len(batch), sum(len(d.response) for d in batch))
             yield [Recorded(d.tokens, len(d.prompt), d.anchors, d.accepted, d.emitted) for d in batch]

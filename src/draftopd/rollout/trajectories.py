@@ -166,16 +166,17 @@ class InProcessTrajectories(GeneratedTrajectories):
         drafted: decode speculatively with the current drafter, which is faster and gives the same texts (at
             temperature 0; above it, texts of the same law). An untrained drafter only costs time.
         store: see :class:`GeneratedTrajectories`.
+        compiled: run the decoding steps through torch.compile.
     """
 
-    def __init__(self, store: str, batch_size: int = 64, drafted: bool = True) -> None:
+    def __init__(self, store: str, batch_size: int = 64, drafted: bool = True, compiled: bool = False) -> None:
         super().__init__(store)
-        self.batch_size, self.drafted = batch_size, drafted
+        self.batch_size, self.drafted, self.compiled = batch_size, drafted, compiled
 
     def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
         decoder = Decoder(
             request.target, request.drafter if self.drafted else None, request.sampling,
-            max_new_tokens=request.max_new_tokens, stop=request.stop,
+            max_new_tokens=request.max_new_tokens, stop=request.stop, compiled=self.compiled,
         )  # fmt: skip
         for batch in decoder.decode(prompts, self.batch_size, request.seed):
             yield [Trajectory(d.prompt, d.response) for d in batch]

@@ -1,0 +1,105 @@
+"""One step of decoding: draft a block a row, let the target read it, verify. Tensors in, tensors out.
+
+Nothing here waits for the device, and every step of a batch has the same shapes, so that it can be compiled.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from draftopd.decoding.cache import PositionCache
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verdict, verify_matching, verify_rejection
+from draftopd.drafters.base import Drafter
+from draftopd.targets.target import Target
+
+
+class Rules(NamedTuple):
+    """How tokens are chosen: the target's warping, the drafter's, and whether by rejection sampling."""
+
+    target: Sampling
+    draft: Sampling
+    rejection: bool
+
+
+class StepOutput(NamedTuple):
+    """``block [batch, B]``: the anchor's token and the proposals; ``accepted, token [batch]``: see :class:`Verdict`."""
+
+    block: Tensor
+    accepted: Tensor
+    token: Tensor
+
+
+def decoding_step(
+    target: Target,
+    drafter: Drafter | None,
+    rules: Rules,
+    cache: PositionCache,
+    state: Any,
+    anchors: Tensor,
+    tokens: Tensor,
+    visible: int,
+    generator: torch.Generator | None,
+) -> StepOutput:
+    """Draft at ``anchors [batch]``, whose tokens are ``tokens [batch]``, and verify.
+
+    Without a drafter the block is the anchor alone, and the step is plain decoding.
+
+    Args:
+        cache, state: the target's and the drafter's memory of the text; both take in the block.
+        visible: cached positions that any row may look at, all anchors being at most that.
+    """
+    block, probs = _draft(target, drafter, rules, state, anchors, tokens, visible, generator)
+    positions = anchors[:, None] + torch.arange(block.shape[1], device=block.device)
+    reading = target.read(block, cache, positions, visible + block.shape[1])
+    if drafter is not None:
+        drafter.observe(target, state, reading.features, block, positions)
+    logits = target.head.logits(reading.hidden)
+    verdict: Verdict
+    if probs is not None:
+        verdict = verify_rejection(block[:, 1:], probs, rules.target.probabilities(logits), generator)
+    else:
+        verdict = verify_matching(block[:, 1:], rules.target.choose(logits, generator))
+    return StepOutput(block, verdict.accepted, verdict.token)
+
+
+def _draft(
+    target: Target,
+    drafter: Drafter | None,
+    rules: Rules,
+    state: Any,
+    anchors: Tensor,
+    tokens: Tensor,
+    visible: int,
+    generator: torch.Generator | None,
+) -> tuple[Tensor, Tensor | None]:
+    """The block ``[batch, B]``, and the proposals' distributions where verification needs them."""
+    if drafter is None:
+        return tokens[:, None], None
+    head, distributions = drafter.head(target), []
+
+    def choose(hidden: Tensor) -> Tensor:
+        logits = head.target_logits(hidden)
+        if rules.rejection:
+            distributions.append(rules.draft.probabilities(logits)[:, 0])
+        return rules.draft.choose(logits, generator)
+
+    draft = drafter.draft(target, state, anchors, tokens, visible, choose)
+    probs = torch.cat(distributions, dim=-2) if distributions else None
+    return torch.cat([tokens[:, None], draft.tokens[:, 0]], dim=1), probs
+
+
+@cache
+def compiled_step(cuda: bool) -> Any:
+    """:func:`decoding_step` through torch.compile, shared by all decoders of a process.
+
+    On a GPU as CUDA graphs, one for each shape; elsewhere with symbolic sizes, so that growing texts and shrinking
+    batches compile nothing new.
+    """
+    if cuda:
+        return torch.compile(decoding_step, dynamic=False, mode="reduce-overhead")
+    return torch.compile(decoding_step, dynamic=True)
