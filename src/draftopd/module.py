@@ -12,12 +12,13 @@ import lightning as L
 import torch
 from torch import Tensor
 
+from draftopd import ranks
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.errors import NumericsError
-from draftopd.losses.base import Loss
+from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength
 from draftopd.metrics.agreement import Agreement, slot_agreement
@@ -33,7 +34,7 @@ class DraftModule(L.LightningModule):
     """Replays recorded anchors with the drafter, distils from the target, decodes to validate.
 
     Args:
-        target: frozen; kept out of checkpoints.
+        target: frozen, and no submodule: strategies neither copy, broadcast nor save it.
         drafter: trained.
         loss: see :mod:`draftopd.losses.base`.
         sampling: how replayed proposals are chosen and accepted, as in the rollout.
@@ -69,14 +70,13 @@ class DraftModule(L.LightningModule):
     ) -> None:
         super().__init__()
         drafter.check_fits(target)
-        self.target = target.tap(drafter.target_layer_ids)
+        self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter = drafter
         self.loss = loss
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate = warmup, final_rate
         self.max_new_tokens, self.seed, self.fresh, self.compiled = max_new_tokens, seed, fresh, compiled
-        self.strict_loading = False  # checkpoints hold no target
         self.clock = Stopwatch()
         self.tokens_seen = 0
         #: Seconds of rollouts and steps, validation left out; set at each validation.
@@ -88,6 +88,15 @@ class DraftModule(L.LightningModule):
         self.tau = AcceptanceLength()
         self.by_position = AcceptanceByPosition(slots)
         self.rejections = RejectionPosition(slots)
+
+    @property
+    def target(self) -> Target:
+        """The frozen target."""
+        return self._frozen[0]
+
+    def setup(self, stage: str) -> None:
+        if getattr(self.target.model, "hf_device_map", None) is None:
+            self.target.to(self.trainer.strategy.root_device)
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
@@ -105,18 +114,32 @@ class DraftModule(L.LightningModule):
                 f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
                 "weights and start again; checkpoints written before this step are intact."
             )
-        self.tokens_seen += int(batch.lengths.sum())
-        accepted = blocks.accepted.float()
-        logged = {"loss": output.loss.detach(), **{f"loss_{name}": value for name, value in output.parts.items()}}
-        logged["accepted_length"] = accepted.mean()
-        logged["tokens"] = torch.tensor(float(self.tokens_seen))
-        if self.fresh:
-            logged["anchor_age"] = torch.zeros(())
-        elif (batch.made_at >= 0).any():
-            logged["anchor_age"] = self.global_step - batch.made_at[batch.made_at >= 0].float().mean()
-        self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(accepted))
-        self.log("loss", output.loss.detach(), prog_bar=True, logger=False)
+        self._log_step(batch, blocks, output)
         return output.loss
+
+    def _log_step(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput) -> None:
+        """Log the step over all ranks."""
+        aged = batch.made_at[batch.made_at >= 0]
+        sums: list[Tensor | int] = [
+            blocks.accepted.sum(),
+            len(blocks.accepted),
+            batch.lengths.sum(),
+            aged.sum(),
+            len(aged),
+        ]
+        values = {"loss": output.loss, **{f"loss_{name}": value for name, value in output.parts.items()}}
+        numbers: list[Tensor | int] = [*values.values(), *sums]
+        packed = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=self.device)
+        *means, accepted, slots, tokens, made_at, known = ranks.total(packed).tolist()
+        self.tokens_seen += int(tokens)
+        logged = {name: mean / ranks.count() for name, mean in zip(values, means, strict=True)}
+        logged |= {"accepted_length": accepted / max(1.0, slots), "tokens": float(self.tokens_seen)}
+        if self.fresh:
+            logged["anchor_age"] = 0.0
+        elif known:
+            logged["anchor_age"] = self.global_step - made_at / known
+        self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(blocks.accepted))
+        self.log("loss", logged["loss"], prog_bar=True, logger=False)
 
     def _measure(self, blocks: Blocks) -> None:
         """Log how target and drafter compare on the drafter's own tokens."""
@@ -203,8 +226,6 @@ class DraftModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        weights = checkpoint["state_dict"]
-        checkpoint["state_dict"] = {k: v for k, v in weights.items() if not k.startswith("target.")}
         checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)

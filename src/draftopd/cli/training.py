@@ -72,13 +72,15 @@ def run(config: DictConfig) -> TrainingReport:
     )  # fmt: skip
     refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)
     trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
-    write_record(directory, config)
+    if trainer.is_global_zero:
+        write_record(directory, config)
 
     resume = directory / "checkpoints" / "last.ckpt"
     resumed = resume.exists()
     before = float("nan")
     if resumed:
-        print(f"Continuing from {resume}")
+        if trainer.is_global_zero:
+            print(f"Continuing from {resume}")
     elif config.validate_first:
         before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
     try:

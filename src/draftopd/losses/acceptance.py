@@ -10,7 +10,7 @@ from torch import Tensor
 from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher, TeacherOn, on_recorded
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, log_overlap, overlap
-from draftopd.losses.weighting import power_decay
+from draftopd.losses.weighting import power_decay, weighted_mean
 
 
 class TotalVariation(SlotLoss):
@@ -103,5 +103,6 @@ class E2ETotalVariation(Loss):
         alpha = torch.zeros(used.shape, device=used.device)
         alpha = alpha.masked_scatter(used, self.target.compare(overlap, blocks, used))
         reach = alpha.cumprod(-1) * power_decay(used.shape[1], self.gamma).to(alpha.device)
-        length = reach.sum(-1).mean() if len(reach) else alpha.sum()
+        lengths = reach.sum(-1)
+        length = weighted_mean(lengths, torch.ones_like(lengths))
         return LossOutput(-length, {"expected_accepted_length": length.detach(), **self.target.report()})

@@ -8,6 +8,7 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
+from draftopd import ranks
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
@@ -137,8 +138,8 @@ class StreamLoss(Loss):
         if self.normalization == "token":
             loss = weighted_mean(torch.cat(values), torch.cat(kept))
         else:
-            # A stream without a slot in this batch has no mean and takes no part.
-            present = torch.stack([w.sum() > 0 for w in kept])
+            # A stream without a slot in this batch, on any rank, has no mean and takes no part.
+            present = ranks.total(torch.stack([w.sum() for w in kept])) > 0
             loss = weighted_mean(torch.stack(means), present * means[0].new_tensor(self.stream_weights))
         return LossOutput(loss, {name: mean.detach() for name, mean in zip(get_args(Stream), means, strict=True)})
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from draftopd import ranks
+
 #: DFlash's decay constants by block size (arXiv 2602.06036).
 _CE_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
@@ -41,6 +43,10 @@ def expected_length_share(confidence: Tensor, counted: Tensor, smoothing: float)
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    """``sum(w v) / sum(w)``; 0 (with a gradient of 0) where no weight is left."""
-    total = weights.sum()
+    """``sum(w v) / sum(w)``; 0 (with a gradient of 0) where no weight is left.
+
+    In a distributed run ``sum(w)`` is the mean of the ranks' sums, so that the mean over ranks of the results, and of
+    their gradients, is what one process would find on all the ranks' slots together.
+    """
+    total = ranks.mean(weights.sum())
     return (values * weights).sum() / torch.where(total > 0, total, torch.ones_like(total))

@@ -1,0 +1,71 @@
+"""Training with two processes is training with one."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from tests.cli.conftest import SMALL, Script
+from torch import Tensor
+
+DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
+#: Plain texts, so that one process and two see the same; all anchors, so that none is drawn; one step.
+COMMON = (
+    "rollout=target", "data.anchors=all", "data.anchors_per_sequence=null", "data.prompts_per_refresh=4",
+    "module.warmup=0.5", "validate_first=false", "trainer.accelerator=cpu", "trainer.max_epochs=1",
+    "trainer.log_every_n_steps=1",
+)  # fmt: skip
+TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2")
+
+
+def gradients(directory: Path) -> list[Tensor]:
+    """AdamW's first moments: after one step a tenth of the gradients, whose rounding the weights would enlarge."""
+    checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
+    return [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
+
+
+def losses(directory: Path) -> list[float]:
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return [event.value for event in events.Scalars("train/loss")]
+
+
+@pytest.mark.parametrize("loss", ["cross_entropy", "asymmetric_kl", "e2e_tv"])
+def test_two_processes_take_the_step_of_one(
+    loss: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    def run(name: str, *overrides: str) -> Path:
+        directory = tmp_path / name
+        done = script(
+            "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COMMON,
+            f"loss={loss}", *overrides, f"hydra.run.dir={directory}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return directory
+
+    one, two = run("one", "data.batch_size=4"), run("two", *TWO)
+    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    for found, expected in zip(gradients(two), gradients(one), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+    tokens = [json.loads((d / "report.json").read_text())["tokens"] for d in (one, two)]
+    assert tokens[0] == tokens[1]
+
+
+def test_two_processes_roll_out_and_one_goes_on(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
+    """Draft-OPD on two ranks, then the same run continued by one."""
+
+    def run(*overrides: str) -> dict[str, float]:
+        done = script(
+            "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL,
+            "trainer.accelerator=cpu", *overrides, f"hydra.run.dir={tmp_path}",
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        return json.loads((tmp_path / "report.json").read_text())
+
+    assert run(*TWO)["steps"] == 4
+    report = run("trainer.max_epochs=3")
+    assert report["steps"] == 6 and report["tau_after"] >= 1
