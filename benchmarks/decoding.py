@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import arguments, describe
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoded, Decoder
@@ -108,7 +108,13 @@ def main() -> None:
             ratios[f"batch {batch} over batch 1{suffix}"] = medians[f"speculative{suffix}, batch {batch}"] / own
     for name, ratio in ratios.items():
         print(f"{name:40} {ratio:8.2f} x")
-    content = {"machine": describe(), "arguments": vars(options), "rates": rates, "medians": medians, "ratios": ratios}
+    content = {
+        "machine": describe(),
+        "arguments": arguments(options),
+        "rates": rates,
+        "medians": medians,
+        "ratios": ratios,
+    }
     options.results.parent.mkdir(exist_ok=True)
     options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(f"wrote {options.results}")

@@ -21,7 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import describe
+from machine import arguments, describe
 from torch import Tensor, nn
 
 from draftopd.losses import liger
@@ -125,7 +125,7 @@ def main() -> None:
             f"naive {naive['seconds']:6.2f} s {naive['peak_mib']:7.0f} MiB   "
             f"time x{time_ratio:.2f}, memory {memory_ratio:.1%}"
         )
-    content = {"machine": describe(), "liger": liger.installed(), "arguments": vars(options), "losses": found}
+    content = {"machine": describe(), "liger": liger.installed(), "arguments": arguments(options), "losses": found}
     options.results.parent.mkdir(exist_ok=True)
     options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
     print(f"wrote {options.results}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import datetime
 import os
 import platform
@@ -22,6 +23,12 @@ def describe() -> dict[str, object]:
         "python": platform.python_version(),
         "versions": {name: version(name) for name in ("draftopd", "torch", "transformers", "lightning")},
     }
+
+
+def arguments(options: argparse.Namespace) -> dict[str, object]:
+    """What was asked for, without the paths of this machine."""
+    local = ("results", "case", "way", "peer", "reference", "reference_python")
+    return {name: value for name, value in vars(options).items() if name not in local}
 
 
 def _processor() -> str:

@@ -13,6 +13,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
+from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.kl import ForwardKL
 from draftopd.replay import ReplayBatch, replay
 from draftopd.targets.target import Target
@@ -245,3 +246,17 @@ def test_target_only_verification_in_replay(
     expected = float(sampling.probabilities(blocks.head.logits(blocks.teacher[0, 0]))[best[0, 0]])
     rate = float((blocks.accepted > 0).float().mean())
     assert abs(rate - expected) < 4 * (expected * (1 - expected) / many) ** 0.5 + 1e-9
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_cross_entropy_is_the_same_without_proposals(drafts: str, target_dirs, make_any: MakeDrafter) -> None:
+    """Where both streams are alike no slot's weight depends on what was proposed."""
+    target = Target.load(str(target_dirs["qwen3"]), dtype="float32")
+    drafter = make_any(drafts, target)
+    batch, loss = as_batch(decode(target, drafter)), CrossEntropy()
+    assert not loss.uses_proposals and CrossEntropy(accept_until_fail=True).uses_proposals
+    with_them, without = (
+        loss(replay(target, drafter, batch, Sampling(), frozenset(), teacher="none", propose=propose)).loss
+        for propose in (True, False)
+    )
+    torch.testing.assert_close(without, with_them)

@@ -105,7 +105,7 @@ class DraftModule(L.LightningModule):
             teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
             reanchor=self._fresh_anchors if self.fresh else None,
             with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
-            measure=self._measure if logs_now else None,
+            measure=self._measure if logs_now else None, propose=self.loss.uses_proposals,
         )  # fmt: skip
         with self.clock("loss"):
             output = self.loss(blocks)
@@ -114,11 +114,11 @@ class DraftModule(L.LightningModule):
                 f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
                 "weights and start again; checkpoints written before this step are intact."
             )
-        self._log_step(batch, blocks, output)
+        self._log_step(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
         return output.loss
 
-    def _log_step(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput) -> None:
-        """Log the step over all ranks."""
+    def _log_step(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
+        """Log the step over all ranks; by streams where the drafter's proposals are known."""
         aged = batch.made_at[batch.made_at >= 0]
         sums: list[Tensor | int] = [
             blocks.accepted.sum(),
@@ -127,13 +127,17 @@ class DraftModule(L.LightningModule):
             aged.sum(),
             len(aged),
         ]
-        values = {"loss": output.loss, **{f"loss_{name}": value for name, value in output.parts.items()}}
+        values = {"loss": output.loss}
+        if proposed:
+            values |= {f"loss_{name}": value for name, value in output.parts.items()}
         numbers: list[Tensor | int] = [*values.values(), *sums]
         packed = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=self.device)
         *means, accepted, slots, tokens, made_at, known = ranks.total(packed).tolist()
         self.tokens_seen += int(tokens)
         logged = {name: mean / ranks.count() for name, mean in zip(values, means, strict=True)}
-        logged |= {"accepted_length": accepted / max(1.0, slots), "tokens": float(self.tokens_seen)}
+        logged["tokens"] = float(self.tokens_seen)
+        if proposed:
+            logged["accepted_length"] = accepted / max(1.0, slots)
         if self.fresh:
             logged["anchor_age"] = 0.0
         elif known:

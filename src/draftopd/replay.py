@@ -77,6 +77,7 @@ def replay(
     with_states: bool = False,
     verification: Verification = "rejection_sampling",
     measure: Callable[[Blocks], None] | None = None,
+    propose: bool = True,
 ) -> Blocks:
     """The batch's blocks, with gradients on the drafter's side.
 
@@ -96,6 +97,8 @@ def replay(
         verification: acceptance rule above temperature 0; ``target_only`` proposes the drafter's best tokens.
         measure: told the same blocks with every slot scored by the target, whatever the loss needs; valid there are
             also slots whose token the drafter's vocabulary lacks.
+        propose: False spares the LM head's pass that finds the proposals, where they matter to nothing: with
+            ``teacher="none"`` and without ``measure``. The recorded tokens then stand for them, none of them accepted.
     """
     clock = clock or Stopwatch()
     if teacher == "until_fail" and not sampling.greedy:
@@ -117,13 +120,14 @@ def replay(
     head = drafter.head(target)
     forced = drafter.autoregressive and teacher in ("recorded", "none")
     draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
+    propose = propose or teacher != "none" or measure is not None
     own: list[Tensor] = []
 
     def choose(hidden: Tensor) -> Tensor:
-        tokens = _choose(hidden, head, draft_sampling, generator)
         begin = sum(part.shape[-1] for part in own)
+        part = slice(begin, begin + hidden.shape[-2])
+        tokens = _choose(hidden, head, draft_sampling, generator) if propose else labels[..., part]
         own.append(tokens)
-        part = slice(begin, begin + tokens.shape[-1])
         return torch.where(recorded[..., part], labels[..., part], tokens) if forced else tokens
 
     with clock("drafter"):
@@ -154,7 +158,7 @@ def replay(
         if measure is not None:
             measure(replace(blocks, valid=valid))
         return blocks
-    accepted = accepted_prefix((proposals == labels) & recorded)
+    accepted = accepted_prefix((proposals == labels) & recorded & propose)
     if teacher == "none" or states is None:
         blocks = Blocks(student, None, head, proposals, labels, accepted, valid, recorded, target.head)
     else:

@@ -41,6 +41,8 @@ class Loss(ABC):
     """A pure function of replayed blocks."""
 
     teacher: TeacherScope = "proposals"
+    #: Whether it depends on what the drafter proposed; where not, a step need not find that out.
+    uses_proposals = True
 
     @abstractmethod
     def __call__(self, blocks: Blocks) -> LossOutput: ...

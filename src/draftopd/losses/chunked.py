@@ -20,8 +20,10 @@ from draftopd.targets.head import LMHead
 #: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]`` or ``[n, m]``, differentiable in its first argument.
 SlotFunction = Callable[..., Tensor]
 
-#: Logits held at once, in elements (float32): 64 MiB a copy.
-CHUNK_ELEMENTS = 2**24
+#: Logits held at once, in elements (float32): 32 MiB a copy, which a CPU's caches half hold.
+CHUNK_ELEMENTS = 2**23
+#: How many times that on a GPU, which reads the whole head for every chunk.
+GPU_CHUNKS = 8
 
 
 def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chunk: int | None = None) -> Tensor:
@@ -35,7 +37,7 @@ def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chu
         chunk: slots at once; default as many as :data:`CHUNK_ELEMENTS` allows.
     """
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        chunk = _slots_at_once(head)
     if head.weight.requires_grad and torch.is_grad_enabled():
 
         def values(states: Tensor, *more: Tensor) -> Tensor:
@@ -77,7 +79,12 @@ class _PerSlot(torch.autograd.Function):
 def best_tokens(hidden: Tensor, head: LMHead, chunk: int | None = None) -> Tensor:
     """The head's most likely token ``[...]`` at every state ``[..., hidden]``, in chunks."""
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // head.weight.shape[0])
+        chunk = _slots_at_once(head)
     flat = hidden.detach().flatten(0, -2)
     with torch.no_grad():
         return torch.cat([head.best_tokens(part) for part in flat.split(chunk)]).view(hidden.shape[:-1])
+
+
+def _slots_at_once(head: Head) -> int:
+    factor = GPU_CHUNKS if head.weight.is_cuda else 1
+    return max(1, factor * CHUNK_ELEMENTS // head.weight.shape[0])

@@ -44,6 +44,10 @@ class CrossEntropy(StreamLoss):
             raise ValueError(f"gamma must be above 0, found {gamma}.")
         self.gamma = gamma
         self.teacher = "none"
+        # With both streams alike a slot weighs the same in either, so it does not matter which it is in.
+        self.uses_proposals = (
+            accept_until_fail or include_correction or normalization != "token" or accepted_weight != rejected_weight
+        )
 
     def decay(self, slots: int, stream: Stream) -> Tensor:
         return exponential_decay(slots, self.gamma or cross_entropy_gamma(slots + 1))
