@@ -260,3 +260,34 @@ def test_cross_entropy_is_the_same_without_proposals(drafts: str, target_dirs, m
         for propose in (True, False)
     )
     torch.testing.assert_close(without, with_them)
+
+
+@pytest.mark.parametrize("drafts", DRAFTERS)
+def test_activation_checkpointing_keeps_less_and_changes_no_gradient(
+    drafts: str, target_dirs, make_any: MakeDrafter
+) -> None:
+    target = Target.load(str(target_dirs["qwen3"]), dtype="float32")
+    drafter = make_any(drafts, target)
+    batch = as_batch(decode(target, drafter))
+
+    def step() -> tuple[int, list[torch.Tensor]]:
+        """Elements kept for the way back, and the gradients."""
+        kept = 0
+
+        def keep(tensor: torch.Tensor) -> torch.Tensor:
+            nonlocal kept
+            kept += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+            loss = CrossEntropy()(replay(target, drafter, batch, Sampling(), frozenset(), teacher="none")).loss
+        return kept, list(torch.autograd.grad(loss, list(drafter.parameters()), allow_unused=True))
+
+    kept, gradients = step()
+    drafter.activation_checkpointing = True
+    fewer, same = step()
+    assert fewer < 0.8 * kept
+    for found, expected in zip(same, gradients, strict=True):
+        assert (found is None) == (expected is None)
+        if found is not None and expected is not None:
+            torch.testing.assert_close(found, expected)

@@ -47,6 +47,7 @@ class DraftModule(L.LightningModule):
         verification: acceptance rule above temperature 0, in replay and validation.
         seed: of proposals drawn above temperature 0.
         compiled: decode through torch.compile in validation.
+        activation_checkpointing: see :attr:`~draftopd.drafters.base.Drafter.activation_checkpointing`.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
     """
 
@@ -62,6 +63,7 @@ class DraftModule(L.LightningModule):
         betas: tuple[float, float] = (0.9, 0.95),
         warmup: float = 0.05,
         final_rate: float = 0.0,
+        activation_checkpointing: bool = False,
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",
         seed: int = 0,
@@ -72,6 +74,7 @@ class DraftModule(L.LightningModule):
         drafter.check_fits(target)
         self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter = drafter
+        drafter.activation_checkpointing = activation_checkpointing
         self.loss = loss
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas

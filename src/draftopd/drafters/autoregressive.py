@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues
+from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
 from draftopd.drafters.base import Chooser, Draft, Drafter
 from draftopd.targets.target import Target
 
@@ -126,6 +126,11 @@ class AutoregressiveDrafter(Drafter):
         ``context``: keys and values of the entries from 1 on.
         """
         layer = self.layer
+
+        def pass_layer(entry: Entry, own: KeysValues, ends: Tensor, rotary: Rotary) -> Tensor:
+            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary)
+            return output + layer.mlp(layer.post_attention_layernorm(output))
+
         keys, values, hidden, proposals = [], [], [], []
         for step in range(self.num_proposals):
             entry = self.entry(target, tokens, states)
@@ -134,8 +139,7 @@ class AutoregressiveDrafter(Drafter):
             keys.append(key)
             values.append(value)
             own = torch.stack(keys, 3), torch.stack(values, 3)
-            output = entry.residual + layer.self_attn(entry.states, context, own, anchors - 1, rotary)
-            output = output + layer.mlp(layer.post_attention_layernorm(output))
+            output = self.through(pass_layer, entry, own, anchors - 1, rotary)
             slot, states = self.leave(output)
             tokens = choose(slot[:, :, None])[..., 0]
             hidden.append(slot)

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
@@ -65,6 +66,15 @@ class Drafter(nn.Module, ABC):
     reads_final_norm = False
     #: Whether each proposal depends on the ones before it.
     autoregressive = False
+    #: Keep only what goes into a layer, and compute the layer again on the way back: less memory, more time.
+    activation_checkpointing = False
+
+    def through(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
+        """``layer(*inputs)``, computed again in the backward pass with :attr:`activation_checkpointing`."""
+        if not (self.activation_checkpointing and torch.is_grad_enabled()):
+            return layer(*inputs)
+        output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
+        return output
 
     @property
     def num_proposals(self) -> int:

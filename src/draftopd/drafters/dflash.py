@@ -227,6 +227,6 @@ class DFlashDrafter(Drafter):
         positions = (anchors[..., None] + torch.arange(self.block_size, device=anchors.device)).flatten(1)
         rotary = self.rotary_emb(block, positions)
         for layer, keys_values in zip(self.layers, context, strict=True):
-            block = layer(block, keys_values, anchors, rotary)
+            block = self.through(layer, block, keys_values, anchors, rotary)
         hidden = self.norm(block.unflatten(1, (-1, self.block_size))[:, :, 1:])
         return Draft(hidden, choose(hidden))
