@@ -123,22 +123,17 @@ class DraftModule(L.LightningModule):
     def _log_step(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
         """Log the step over all ranks; by streams where the drafter's proposals are known."""
         aged = batch.made_at[batch.made_at >= 0]
-        sums: list[Tensor | int] = [
-            blocks.accepted.sum(),
-            len(blocks.accepted),
-            batch.lengths.sum(),
-            aged.sum(),
-            len(aged),
-        ]
+        sums: list[Tensor | int] = [blocks.accepted.sum(), len(blocks.accepted), aged.sum(), len(aged)]
+        sums += [batch.lengths.sum(), batch.ids.numel()]
         values = {"loss": output.loss}
         if proposed:
             values |= {f"loss_{name}": value for name, value in output.parts.items()}
         numbers: list[Tensor | int] = [*values.values(), *sums]
-        packed = torch.tensor([float(x) for x in numbers], dtype=torch.float64, device=self.device)
-        *means, accepted, slots, tokens, made_at, known = ranks.total(packed).tolist()
+        packed = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in numbers])
+        *means, accepted, slots, made_at, known, tokens, places = ranks.total(packed).tolist()
         self.tokens_seen += int(tokens)
         logged = {name: mean / ranks.count() for name, mean in zip(values, means, strict=True)}
-        logged["tokens"] = float(self.tokens_seen)
+        logged |= {"tokens": float(self.tokens_seen), "padding": 1 - tokens / places}
         if proposed:
             logged["accepted_length"] = accepted / max(1.0, slots)
         if self.fresh:

@@ -26,12 +26,12 @@ def gradients(directory: Path) -> list[Tensor]:
     return [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
 
 
-def losses(directory: Path) -> list[float]:
+def scalars(directory: Path, tag: str) -> list[float]:
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
-    return [event.value for event in events.Scalars("train/loss")]
+    return [event.value for event in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize("loss", ["cross_entropy", "asymmetric_kl", "e2e_tv"])
@@ -48,7 +48,8 @@ def test_two_processes_take_the_step_of_one(
         return directory
 
     one, two = run("one", "data.batch_size=4"), run("two", *TWO)
-    assert losses(two) == pytest.approx(losses(one), rel=1e-5)
+    assert scalars(two, "train/loss") == pytest.approx(scalars(one, "train/loss"), rel=1e-5)
+    assert len(scalars(two, "train/padding")) == 1
     for found, expected in zip(gradients(two), gradients(one), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
     tokens = [json.loads((d / "report.json").read_text())["tokens"] for d in (one, two)]

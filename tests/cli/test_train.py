@@ -57,7 +57,7 @@ def test_tensorboard_holds_scalars_histogram_and_text(finished: Path) -> None:
     events = EventAccumulator(str(finished / "tensorboard"))
     events.Reload()
     tags = events.Tags()
-    assert {"train/padding", "val/tau", "val/tau_macro", "rollout/tau", "val/acceptance_position_1"} <= set(tags["scalars"])
+    assert {"val/tau", "val/tau_macro", "rollout/tau", "val/acceptance_position_1"} <= set(tags["scalars"])
     assert "val/rejection_position" in tags["histograms"]
     assert any(tag.startswith("drafts/prompt_0") for tag in tags["tensors"])
 
