@@ -285,7 +285,7 @@ def test_ctrl_c_and_on(tmp_path: Path) -> None:
 def composed(**changes: object):
     return OmegaConf.create({"top_k": 0, "top_p": 1.0, "verification": "rejection_sampling", "seed": 0} | {
         "temperature": 0.0, "thinking": True, "max_new_tokens": 8, "batch_size": 1, "limit": None,
-        "tie_tolerance": None, "shown": 3,
+        "tie_tolerance": None, "shown": 3, "compiled": False,
     } | changes)  # fmt: skip
 
 
