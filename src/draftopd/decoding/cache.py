@@ -39,6 +39,12 @@ class PositionStore:
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
+    def stay(self) -> None:
+        """Tell torch.compile that the memory stays where it is: writing to other memory rules out CUDA graphs."""
+        for kept in (self.keys, self.values):
+            if kept is not None:
+                torch._dynamo.mark_static_address(kept)
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch."""
         if self.keys is not None and self.values is not None:

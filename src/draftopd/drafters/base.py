@@ -9,7 +9,7 @@ while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`, :meth:`Drafter.d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
 from draftopd.errors import DrafterError
 from draftopd.targets.head import LMHead
@@ -99,6 +100,11 @@ class Drafter(nn.Module, ABC):
     @abstractmethod
     def start(self, capacity: int) -> Any:
         """A fresh decoding state for sequences up to ``capacity`` tokens."""
+
+    def stores(self, state: Any) -> Sequence[PositionStore]:
+        """Where a decoding state is kept in place, all of it; empty where a step puts new tensors into the state,
+        which rules out CUDA graphs."""
+        return ()
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> None:

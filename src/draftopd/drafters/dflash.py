@@ -191,6 +191,9 @@ class DFlashDrafter(Drafter):
     def start(self, capacity: int) -> list[PositionStore]:
         return [PositionStore(capacity) for _ in self.layers]
 
+    def stores(self, state: list[PositionStore]) -> list[PositionStore]:
+        return state
+
     def select(self, state: list[PositionStore], rows: Tensor) -> None:
         for store in state:
             store.select(rows)
