@@ -39,7 +39,8 @@ SLOTS = 8
 
 
 def blocks_of(options: argparse.Namespace) -> Blocks:
-    """Random states under a frozen head."""
+    """Random states under a frozen head, the same in every process."""
+    torch.manual_seed(0)
     generator = torch.Generator().manual_seed(0)
     device, dtype = options.device, getattr(torch, options.dtype)
     count = options.positions // SLOTS
