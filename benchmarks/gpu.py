@@ -131,7 +131,8 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
         for batch in sizes["batches"]:
             prompts = [[(7 * row + i) % shape["vocabulary"] for i in range(sizes["prompt"])] for row in range(batch)]
             texts = []
-            for compiled in (False, True):
+            # A CPU compiles for minutes; `decoding.py` measures that.
+            for compiled in (False, True) if device == "cuda" else (False,):
                 torch._dynamo.utils.counters.clear()
                 times: dict[int, list[float]] = {count: [] for count in counts}
                 fresh_peak(device)
@@ -158,7 +159,7 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
                     "peak_mib": held(device) / 2**20,
                     "graphs_left_out": torch._dynamo.utils.counters["inductor"]["cudagraph_skips"],
                 }
-            assert texts[0] == texts[1], f"{kind}, batch {batch}: compiled steps give other texts"
+            assert texts[0] == texts[-1], f"{kind}, batch {batch}: compiled steps give other texts"
     return found
 
 
