@@ -3,6 +3,7 @@
     python benchmarks/training.py                                       # one shape
     python benchmarks/training.py --lengths 512 2048 8192 --anchors 32 256 --vocabularies 1000 32000 151936
     python benchmarks/training.py --peer specforge PYTHON CHECKOUT --peer speculators PYTHON -
+    python benchmarks/training.py --peer specforge,--chunk-blocks=0 PYTHON CHECKOUT     # with options of its own
 
 The core step is what a DFlash trainer does once the target's features are there: draft at random anchors, cross
 entropy on the text's tokens, backward. Peers run theirs on the same shapes in processes of their own, in turns with
@@ -200,7 +201,10 @@ def main() -> None:
         ours = [sys.executable, __file__, *sys.argv[1:], "--case", length, anchors, vocabulary]
         shape = [*shape_of(options), "--length", length, "--anchors", anchors, "--vocab", vocabulary]
         peer = str(Path(__file__).with_name("training_peer.py"))
-        commands = {"draftopd": ours} | {n: [python, peer, n, where, *shape] for n, python, where in options.peer}
+        commands = {"draftopd": ours}
+        for name, python, where in options.peer:
+            kind, *own = name.split(",")
+            commands[name] = [python, peer, kind, where, *shape, *own]
         turns = [{name: run(command) for name, command in commands.items()} for _ in range(options.turns)]
         row = {"length": case[0], "anchors": case[1], "vocabulary": case[2], "turns": turns}
         seconds, memory = (
