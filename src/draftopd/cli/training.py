@@ -196,7 +196,7 @@ def check_sharding(config: DictConfig) -> None:
             raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
     if config.trainer.get("inference_mode", True):
         raise ConfigError(
-            "trainer=fsdp needs trainer.inference_mode=false, so that weights gathered to decode can train."
+            "trainer=fsdp needs trainer.inference_mode=false: weights gathered to decode must train later."
         )
 
 
