@@ -181,7 +181,7 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
 
 
 def check_sharding(config: DictConfig) -> None:
-    """Refuse what a target in shares cannot do, and checkpoints that only as many processes could read.
+    """Refuse what a target in shares cannot do.
 
     Raises:
         ConfigError: saying what to leave out.
