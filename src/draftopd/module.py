@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import lightning as L
@@ -26,6 +26,7 @@ from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.replay import ReplayBatch, replay
 from draftopd.rollout.fresh import FreshAnchors
+from draftopd.sharding import Shards
 from draftopd.stopwatch import Stopwatch
 from draftopd.targets.target import Target
 
@@ -85,6 +86,8 @@ class DraftModule(L.LightningModule):
         #: Seconds of rollouts and steps, validation left out; set at each validation.
         self.training_seconds = 0.0
         self._clock_started: float | None = None
+        self._shards: Shards | None = None
+        self._validating = ExitStack()
         slots = drafter.num_proposals
         self.agreement = Agreement()
         self.by_entropy = EntropyAcceptance()
@@ -98,18 +101,34 @@ class DraftModule(L.LightningModule):
         return self._frozen[0]
 
     def setup(self, stage: str) -> None:
-        if getattr(self.target.model, "hf_device_map", None) is None:
+        if getattr(self.target.model, "hf_device_map", None) is None and self.device_mesh is None:
             self.target.to(self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Spread target and drafter over the processes, where the strategy has a mesh of devices."""
+        if self.device_mesh is not None and self._shards is None:
+            self._shards = Shards(self.target, self.drafter, self.trainer.strategy.root_device)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Around rollouts: ranks may use target and drafter as often as their own texts need, but leave together.
+
+        Nothing else that ranks do together, sums and barriers, may happen inside.
+        """
+        return self._shards.decoding() if self._shards else nullcontext()
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        blocks = replay(
-            self.target, self.drafter, batch, self.sampling, self.stop,
-            teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
-            reanchor=self._fresh_anchors if self.fresh else None,
-            with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
-            measure=self._measure if logs_now else None, propose=self.loss.uses_proposals,
-        )  # fmt: skip
+        measured: list[Blocks] = []
+        with self._shards.step() if self._shards else nullcontext():
+            blocks = replay(
+                self.target, self.drafter, batch, self.sampling, self.stop,
+                teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
+                reanchor=self._fresh_anchors if self.fresh else None,
+                with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
+                measure=measured.append if logs_now else None, propose=self.loss.uses_proposals,
+            )  # fmt: skip
+        while measured:
+            self._measure(measured.pop())
         with self.clock("loss"):
             output = self.loss(blocks)
         if not torch.isfinite(output.loss):
@@ -181,6 +200,7 @@ class DraftModule(L.LightningModule):
     def on_validation_epoch_start(self) -> None:
         for metric in (self.tau, self.by_position, self.rejections):
             metric.reset()
+        self._validating.enter_context(self.decoding())
 
     def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
         with self.clock("validation"):
@@ -193,7 +213,12 @@ class DraftModule(L.LightningModule):
         self.by_position.update(accepted)
         self.rejections.update(accepted)
 
+    def end_of_decoding(self) -> None:
+        """Validation has decoded: wait for the other ranks, before anything is summed over them."""
+        self._validating.close()
+
     def on_validation_epoch_end(self) -> None:
+        self.end_of_decoding()
         if self._clock_started is not None:
             elapsed = time.perf_counter() - self._clock_started
             self.training_seconds = elapsed - self.clock.seconds["validation"]

@@ -74,6 +74,7 @@ class RefreshAnchors(L.Callback):
             module.clock("rollout"),
             writer,
             rollout_progress(len(places)) if shown else nullcontext(lambda texts, tokens: None) as progress,
+            module.decoding(),
         ):
             request = Request(
                 module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(places), places,
@@ -97,7 +98,7 @@ class RefreshAnchors(L.Callback):
         if all(record.step == step for record in records):
             return records
         assert isinstance(self.rollout, DecodeFreeRollout)
-        with module.drafting(), module.clock("walk"):
+        with module.drafting(), module.clock("walk"), module.decoding():
             seed = (self.seed * 1_000_003 + step) * 1_009 + trainer.global_rank
             return [
                 replace(record, step=step)

@@ -33,6 +33,7 @@ from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
 from draftopd.rollout.fresh import FreshAnchors
 from draftopd.rollout.trajectories import InProcessTrajectories, Request
+from draftopd.sharding import whole_tensors
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
 log = logging.getLogger(__name__)
@@ -50,6 +51,7 @@ def run(config: DictConfig) -> TrainingReport:
     L.seed_everything(config.seed, verbose=False)
     rollout: Rollout = instantiate(config.rollout)
     check_refresh(config, rollout)
+    check_sharding(config)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     data: ReplayDataModule = instantiate(config.data)
@@ -88,8 +90,9 @@ def run(config: DictConfig) -> TrainingReport:
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
+    tensors = whole_tensors(drafter)
     if trainer.is_global_zero:
-        drafter.save(directory / "drafter")
+        drafter.save(directory / "drafter", tensors=tensors)
     report = TrainingReport(
         tau_before=before,
         tau_after=float(trainer.callback_metrics.get("val/tau", float("nan"))),
@@ -174,6 +177,26 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
         raise ConfigError(
             f"data.anchors={anchors} does not depend on the drafter, so refresh.every_n_steps would have no effect: "
             "leave it out, or use data.anchors=visited or error."
+        )
+
+
+def check_sharding(config: DictConfig) -> None:
+    """Refuse what a target in shares cannot do.
+
+    Raises:
+        ConfigError: saying what to leave out.
+    """
+    strategy = config.trainer.get("strategy")
+    if not (isinstance(strategy, DictConfig) and strategy.get("_target_", "").endswith("ModelParallelStrategy")):
+        return
+    if any(part.get("compiled") for part in (config, config.rollout, config.get("trajectories") or {})):
+        raise ConfigError("trainer=fsdp gathers layers between the steps of a pass: leave compiled=true out.")
+    for name in ("device", "device_map"):
+        if config.target.get(name) is not None:
+            raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
+    if config.trainer.get("inference_mode", True):
+        raise ConfigError(
+            "trainer=fsdp needs trainer.inference_mode=false: weights gathered to decode must train later."
         )
 
 

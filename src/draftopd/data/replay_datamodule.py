@@ -158,13 +158,14 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"served": self._served, "renewed": renewed, "rank": self.order.rank}
+        return {"served": self._served, "renewed": renewed, "ranks": self.order.ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # An epoch that was served whole is over: the trainer goes on with the next.
         self._skip = state["served"] if state["served"] < len(self.order) else 0
-        # A checkpoint holds the first rank's anchors; the others, whose texts are others, find theirs anew.
-        if state["renewed"] and state["rank"] == self.order.rank:
+        # A checkpoint holds the first rank's anchors only. Of several ranks all find theirs anew, since a target in
+        # shares is only read by all.
+        if state["renewed"] and state.get("ranks") == self.order.ranks == 1:
             buffer = self.replays.open()
             self.order.lengths = buffer.lengths
             batches = list(self.order)

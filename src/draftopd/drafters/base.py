@@ -9,7 +9,7 @@ while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`, :meth:`Drafter.d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -172,10 +172,16 @@ class Drafter(nn.Module, ABC):
         drafter.check_fits(target)
         return drafter
 
-    def save(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors in the public format; what was there stays whole until then."""
+    def save(
+        self, directory: Path, dtype: torch.dtype = torch.bfloat16, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors in the public format; what was there stays whole until then.
+
+        Args:
+            tensors: its weights, where they are not here as a whole.
+        """
         raw = self.describe() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_checkpoint(Path(directory), raw, cast(self.state_dict(), dtype))
+        write_checkpoint(Path(directory), raw, cast(self.state_dict() if tensors is None else tensors, dtype))
 
     @abstractmethod
     def made_for(self) -> TargetShape:

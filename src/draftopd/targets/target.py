@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
 import torch
@@ -62,6 +64,9 @@ class Target(nn.Module):
         self._tapped: dict[int, Tensor] = {}
         self._enough: int | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._fingerprint: str | None = None
+        #: Entered for every pass through the body, told how many layers it goes through.
+        self.turn: Callable[[int], AbstractContextManager[None]] = _alone
         self.taps: tuple[int, ...] = ()
         self.tap(taps)
 
@@ -154,12 +159,18 @@ class Target(nn.Module):
 
     def fingerprint(self) -> str:
         """A short text that tells targets apart by shape and weights, wherever they were loaded from."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         shape = {k: v for k, v in self.config.to_diff_dict().items() if k != "transformers_version"}
         digest = hashlib.blake2b(str(sorted(shape.items(), key=str)).encode(), digest_size=8)
         for name, tensor in self.model.named_parameters():
             few = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
             digest.update(name.encode() + few.float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def keep_fingerprint(self) -> None:
+        """Find the fingerprint now and keep it: for weights that later are not here as a whole."""
+        self._fingerprint = self.fingerprint()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings ``[..., hidden]`` of token ids ``[...]``."""
@@ -199,12 +210,13 @@ class Target(nn.Module):
         self._tapped.clear()
         self._enough = max(self.taps)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
-        try:
-            self.body(input_ids=ids, position_ids=positions, use_cache=False)
-        except _EnoughError:
-            pass
-        finally:
-            self._enough = None
+        with self.turn(min(self._enough + 1, self.num_layers)):
+            try:
+                self.body(input_ids=ids, position_ids=positions, use_cache=False)
+            except _EnoughError:
+                pass
+            finally:
+                self._enough = None
         features = torch.cat([self._tapped[i] for i in self.taps], -1)
         self._tapped.clear()
         return features
@@ -254,9 +266,11 @@ class Target(nn.Module):
         # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
         mask = masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
         self._tapped.clear()
-        output = self.body(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
-        )
+        with self.turn(self.num_layers):
+            output = self.body(
+                input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True,
+                **{self._cache_argument: cache},
+            )  # fmt: skip
         features = [self._tapped[i] for i in self.taps]
         self._tapped.clear()
         hidden = output.last_hidden_state
@@ -292,6 +306,11 @@ class Target(nn.Module):
                 "whose layers are full or sliding-window attention."
             )
         return tuple(sorted(set(kinds)))
+
+
+def _alone(layers: int) -> AbstractContextManager[None]:
+    """A pass that concerns no other process."""
+    return nullcontext()
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
