@@ -19,7 +19,9 @@ Rotary = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
 
 
-def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor) -> Tensor:
+def block_attention(
+    query: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor, begins: Tensor | None = None
+) -> Tensor:
     """Each block attends to the context strictly before its end there, and to all of itself.
 
     Args:
@@ -28,6 +30,7 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
             where there is no context yet.
         block: keys and values ``[batch, kv_heads, A, B, head_dim]``.
         ends: ``[batch, A]``.
+        begins: ``[batch, A]``, the first entries seen; None: entry 0.
 
     Returns:
         ``[batch, heads, A, Q, head_dim]``.
@@ -43,7 +46,10 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
         allowed = (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
         if context is not None:
             length = context[0].shape[2]
-            before = torch.arange(length, device=query.device) < ends[:, part, None]
+            entries = torch.arange(length, device=query.device)
+            before = entries < ends[:, part, None]
+            if begins is not None:
+                before &= entries >= begins[:, part, None]
             allowed = torch.cat([before.repeat_interleave(size, dim=1), allowed], dim=-1)
             keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
         attended = F.scaled_dot_product_attention(
@@ -81,10 +87,16 @@ class DraftAttention(nn.Module):
         return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
 
     def forward(
-        self, states: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor, rotary: Rotary
+        self,
+        states: Tensor,
+        context: KeysValues | None,
+        block: KeysValues,
+        ends: Tensor,
+        rotary: Rotary,
+        begins: Tensor | None = None,
     ) -> Tensor:
         """``states [batch, A * Q, width]`` over context and block; see :func:`block_attention`."""
         query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         query = apply_rotary_pos_emb(query, query, *rotary)[0]
-        attended = block_attention(query.unflatten(2, (ends.shape[1], -1)), context, block, ends)
+        attended = block_attention(query.unflatten(2, (ends.shape[1], -1)), context, block, ends, begins)
         return self.o_proj(attended.flatten(2, 3).transpose(1, 2).flatten(2))

@@ -171,7 +171,12 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, ids: Tensor, cache: PositionCache, positions: Tensor | None = None, visible: int | None = None
+        self,
+        ids: Tensor,
+        cache: PositionCache,
+        positions: Tensor | None = None,
+        visible: int | None = None,
+        begins: Tensor | None = None,
     ) -> Reading:
         """Read tokens and remember them in the cache.
 
@@ -180,27 +185,37 @@ class Target(nn.Module):
             cache: filled at ``positions``; entries at later positions count as absent.
             positions: ``[batch, n]`` absolute positions; default ``0..n-1``, for a fresh cache.
             visible: one more than the largest position; default for a fresh cache ``n``.
+            begins: ``[batch, n]``, for a fresh cache whose rows hold several sequences: where in the row each token's
+                own begins. It sees no other, and positions count from there. The cache keeps the places in the row.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
             visible = ids.shape[1]
         assert visible is not None
-        keys = torch.arange(visible, device=ids.device)
+        keys = torch.arange(visible, device=ids.device)[None]
         allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
         rows = positions.expand(ids.shape)
-        return self._forward(ids, rows, allowed, keys[None], cache.at(positions, visible))
+        if begins is not None:
+            allowed = allowed & (keys >= begins[..., None])
+            rows, keys = rows - begins, keys - begins
+        return self._forward(ids, rows, allowed, keys, cache.at(positions, visible))
 
     @torch.no_grad()
-    def read_features(self, ids: Tensor) -> Tensor:
+    def read_features(self, ids: Tensor, begins: Tensor | None = None) -> Tensor:
         """The tapped states ``[batch, n, taps * hidden]`` of whole sequences, padded on the right.
 
-        Nothing is remembered, and layers above the last tap are not computed.
+        Nothing is remembered, and layers above the last tap are not computed. ``begins``: see :meth:`read`.
         """
         self._tapped.clear()
         self._enough = max(self.taps)
-        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        positions, mask = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), None
+        if begins is not None:
+            # Without a mask attention is causal, and has faster kernels.
+            allowed = (positions[:, None] <= positions[..., None]) & (positions[:, None] >= begins[..., None])
+            positions = positions - begins
+            mask = self._masks(allowed, positions, positions)
         try:
-            self.body(input_ids=ids, position_ids=positions, use_cache=False)
+            self.body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         except _EnoughError:
             pass
         finally:
@@ -210,7 +225,9 @@ class Target(nn.Module):
         return features
 
     @torch.no_grad()
-    def score_blocks(self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor) -> Tensor:
+    def score_blocks(
+        self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor, begins: Tensor | None = None
+    ) -> Tensor:
         """The target's states along many blocks at once, over one cached context.
 
         Slot ``j`` of the block at anchor ``a`` stands at position ``a + j`` and sees the recorded
@@ -221,6 +238,7 @@ class Target(nn.Module):
             length: number of recorded positions in the cache.
             anchors: ``[batch, A]`` anchor positions.
             tokens: ``[batch, A, n]`` block tokens, the anchor's first.
+            begins: ``[batch, length]``, as the sequences were read; ``anchors`` are then places in the row.
 
         Returns:
             ``[batch, A, n, hidden]``, after the final norm: slot ``j`` predicts position ``a + j + 1``.
@@ -229,10 +247,14 @@ class Target(nn.Module):
         chunk = max(1, MAX_BLOCK_QUERIES // n)
         context = ContextCache(cache, length)
         scored = []
+        recorded = torch.arange(length, device=anchors.device).expand(batch, -1)
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
-            positions = (a[..., None] + torch.arange(n, device=a.device)).flatten(1)
-            allowed = torch.cat([_before(a, length, n), _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)], -1)
-            keys = torch.cat([torch.arange(length, device=a.device).expand(batch, -1), positions], -1)
+            first = None if begins is None else begins.gather(1, a)
+            places = a if first is None else a - first
+            positions = (places[..., None] + torch.arange(n, device=a.device)).flatten(1)
+            own = _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
+            allowed = torch.cat([_before(a, length, n, first), own], -1)
+            keys = torch.cat([recorded if begins is None else recorded - begins, positions], -1)
             reading = self._forward(t.flatten(1), positions, allowed, keys, context)
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
@@ -245,14 +267,7 @@ class Target(nn.Module):
         Of the keys at positions ``keys [batch, m]`` those ``allowed [batch, n, m]`` are seen; layers with a sliding
         window see of these only what lies within it.
         """
-        masks = {}
-        for kind in self.attention_kinds:
-            seen = allowed
-            if kind == "sliding_attention":
-                seen = seen & (positions[..., None] - keys[:, None] < self.window)
-            masks[kind] = self._mask(seen.expand(ids.shape[0], -1, -1)[:, None])
-        # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
-        mask = masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
+        mask = self._masks(allowed, positions, keys)
         self._tapped.clear()
         output = self.body(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
@@ -261,6 +276,17 @@ class Target(nn.Module):
         self._tapped.clear()
         hidden = output.last_hidden_state
         return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
+
+    def _masks(self, allowed: Tensor, positions: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
+        """The mask of each kind of layer; see :meth:`_forward`."""
+        masks = {}
+        for kind in self.attention_kinds:
+            seen = allowed
+            if kind == "sliding_attention":
+                seen = seen & (positions[..., None] - keys[:, None] < self.window)
+            masks[kind] = self._mask(seen.expand(positions.shape[0], -1, -1)[:, None])
+        # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
+        return masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
 
     def _mask(self, allowed: Tensor) -> Tensor:
         # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
@@ -318,10 +344,13 @@ def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset
     return frozenset(ids)
 
 
-def _before(anchors: Tensor, length: int, n: int) -> Tensor:
-    """``[batch, A * n, length]``: which recorded positions each block slot sees."""
+def _before(anchors: Tensor, length: int, n: int, first: Tensor | None) -> Tensor:
+    """``[batch, A * n, length]``: which recorded places each block slot sees, from ``first [batch, A]`` on."""
     keys = torch.arange(length, device=anchors.device)
-    return (keys < anchors[..., None]).repeat_interleave(n, dim=1)
+    seen = keys < anchors[..., None]
+    if first is not None:
+        seen &= keys >= first[..., None]
+    return seen.repeat_interleave(n, dim=1)
 
 
 def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
