@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from typing import NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
 from draftopd.targets.hub import local_only, resolve, unavailable
+from draftopd.targets.packed import within
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -192,13 +195,13 @@ class Target(nn.Module):
             positions = torch.arange(ids.shape[1], device=ids.device)
             visible = ids.shape[1]
         assert visible is not None
-        keys = torch.arange(visible, device=ids.device)[None]
+        if begins is not None:
+            with self._within(begins, self.num_layers) as mask:
+                return self._run(ids, positions - begins, mask, cache.at(positions, visible))
+        keys = torch.arange(visible, device=ids.device)
         allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
         rows = positions.expand(ids.shape)
-        if begins is not None:
-            allowed = allowed & (keys >= begins[..., None])
-            rows, keys = rows - begins, keys - begins
-        return self._forward(ids, rows, allowed, keys, cache.at(positions, visible))
+        return self._forward(ids, rows, allowed, keys[None], cache.at(positions, visible))
 
     @torch.no_grad()
     def read_features(self, ids: Tensor, begins: Tensor | None = None) -> Tensor:
@@ -208,16 +211,13 @@ class Target(nn.Module):
         """
         self._tapped.clear()
         self._enough = max(self.taps)
-        positions, mask = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape), None
-        if begins is not None:
-            # Without a mask attention is causal, and has faster kernels.
-            allowed = (positions[:, None] <= positions[..., None]) & (positions[:, None] >= begins[..., None])
-            positions = positions - begins
-            mask = self._masks(allowed, positions, positions)
+        positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        computed = min(self._enough + 1, self.num_layers)
         try:
-            self.body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
-        except _EnoughError:
-            pass
+            with nullcontext() if begins is None else self._within(begins, computed) as mask:
+                positions = positions if begins is None else positions - begins
+                with suppress(_EnoughError):
+                    self.body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         finally:
             self._enough = None
         features = torch.cat([self._tapped[i] for i in self.taps], -1)
@@ -245,17 +245,28 @@ class Target(nn.Module):
         """
         batch, _, n = tokens.shape
         chunk = max(1, MAX_BLOCK_QUERIES // n)
-        context = ContextCache(cache, length)
         scored = []
         recorded = torch.arange(length, device=anchors.device).expand(batch, -1)
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
-            first = None if begins is None else begins.gather(1, a)
-            places = a if first is None else a - first
-            positions = (places[..., None] + torch.arange(n, device=a.device)).flatten(1)
             own = _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
-            allowed = torch.cat([_before(a, length, n, first), own], -1)
-            keys = torch.cat([recorded if begins is None else recorded - begins, positions], -1)
-            reading = self._forward(t.flatten(1), positions, allowed, keys, context)
+            if begins is None:
+                places, keys, seen, context = (
+                    a,
+                    recorded,
+                    recorded[:1, None] < a[..., None],
+                    ContextCache(cache, length),
+                )
+            else:
+                # The blocks of a chunk see little of a long row.
+                first = begins.gather(1, a)
+                least, most = torch.stack([first.min(), a.max()]).tolist()
+                part = recorded[:, None, least:most]
+                places, keys = a - first, (recorded - begins)[:, least:most]
+                seen = (part >= first[..., None]) & (part < a[..., None])
+                context = ContextCache(cache, most, least)
+            positions = (places[..., None] + torch.arange(n, device=a.device)).flatten(1)
+            allowed = torch.cat([seen.repeat_interleave(n, dim=1), own], -1)
+            reading = self._forward(t.flatten(1), positions, allowed, torch.cat([keys, positions], -1), context)
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
 
@@ -267,7 +278,11 @@ class Target(nn.Module):
         Of the keys at positions ``keys [batch, m]`` those ``allowed [batch, n, m]`` are seen; layers with a sliding
         window see of these only what lies within it.
         """
-        mask = self._masks(allowed, positions, keys)
+        return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
+
+    def _run(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: PositionCache | ContextCache
+    ) -> Reading:
         self._tapped.clear()
         output = self.body(
             input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
@@ -277,13 +292,39 @@ class Target(nn.Module):
         hidden = output.last_hidden_state
         return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
 
-    def _masks(self, allowed: Tensor, positions: Tensor, keys: Tensor) -> Tensor | dict[str, Tensor]:
-        """The mask of each kind of layer; see :meth:`_forward`."""
+    @contextmanager
+    def _within(self, begins: Tensor, layers: int) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Attention within the sequences of packed rows; gives the mask to call the model with.
+
+        Raises:
+            TargetError: if not all of the ``layers`` computed in it attended so.
+        """
+        config = self.body.config
+        causal = config._attn_implementation == "sdpa"
+        with within(config, begins) as sequences:
+            positions = torch.arange(sequences.longest, device=begins.device)[None]
+            masks = self._masks(positions[:, None] <= positions[..., None], positions, positions, causal)
+            yield masks
+        if sequences.layers != layers:
+            raise TargetError(
+                f"Of the target's layers {sequences.layers} of {layers} attend through transformers' attention "
+                "interface, which packed rows need in all: use data.pack_to=null."
+            )
+
+    def _masks(
+        self, allowed: Tensor, positions: Tensor, keys: Tensor, causal: bool = False
+    ) -> Tensor | dict[str, Tensor]:
+        """The mask of each kind of layer; see :meth:`_forward`.
+
+        ``causal``: full attention gets a mask of a single place, see :func:`~draftopd.targets.packed.within`.
+        """
         masks = {}
         for kind in self.attention_kinds:
             seen = allowed
             if kind == "sliding_attention":
                 seen = seen & (positions[..., None] - keys[:, None] < self.window)
+            elif causal:
+                seen = seen[:, :1, :1]
             masks[kind] = self._mask(seen.expand(positions.shape[0], -1, -1)[:, None])
         # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
         return masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
@@ -342,15 +383,6 @@ def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)
-
-
-def _before(anchors: Tensor, length: int, n: int, first: Tensor | None) -> Tensor:
-    """``[batch, A * n, length]``: which recorded places each block slot sees, from ``first [batch, A]`` on."""
-    keys = torch.arange(length, device=anchors.device)
-    seen = keys < anchors[..., None]
-    if first is not None:
-        seen &= keys >= first[..., None]
-    return seen.repeat_interleave(n, dim=1)
 
 
 def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
