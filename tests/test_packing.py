@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
@@ -15,6 +17,7 @@ from torch import Tensor
 from draftopd.data.replay_datamodule import ReplayDataModule, ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
+from draftopd.errors import TargetError
 from draftopd.losses.base import Loss, TeacherScope
 from draftopd.losses.blocks import Blocks
 from draftopd.packing import pack
@@ -221,6 +224,20 @@ def test_a_packed_batch_has_little_padding_and_the_same_sequences() -> None:
         moved = move_data_to_device(batch, torch.device("meta"))
         assert moved.ids.is_meta and (batch.layout is None or moved.layout.rows.is_meta)
         assert (moved.layout is None) == (batch.layout is None)
+
+
+def test_a_target_that_attends_its_own_way_is_refused(target: Target) -> None:
+    """Its attention would see the neighbours."""
+    attention = target.body.layers[1].self_attn
+    attention.config = copy.deepcopy(attention.config)
+    ids, begins = torch.zeros(1, 6, dtype=torch.long), torch.tensor([[0, 0, 0, 3, 3, 3]])
+    for taps, refused in (((0,), False), ((2,), True)):
+        target.tap(taps)
+        with pytest.raises(TargetError, match="pack_to=null") if refused else nullcontext():
+            target.read_features(ids, begins)
+    with pytest.raises(TargetError, match="3 of 4 attend"):
+        target.read(ids, target.new_cache(6), begins=begins)
+    assert target.config._attn_implementation == "sdpa"
 
 
 def test_rows_of_no_tokens_are_refused() -> None:

@@ -68,11 +68,16 @@ Reanchor = Callable[[ReplayBatch, Tensor, "Tensor | None"], ReplayBatch]
 
 
 def pad_anchors(chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Anchors ``[batch, A]`` padded with 0, and the mask of the real ones; ``A`` is at least 1."""
+    """Anchors ``[batch, A]`` padded with the row's last, and the mask of the real ones; ``A`` is at least 1.
+
+    A row of no anchors has zeros.
+    """
     count = max(1, *(len(places) for places in chosen))
     anchors = torch.zeros(len(chosen), count, dtype=torch.long)
     mask = torch.zeros(len(chosen), count, dtype=torch.bool)
     for row, places in enumerate(chosen):
+        if len(places):
+            anchors[row] = places[-1]  # it sees what the last does: no more of the row has to be read for it
         anchors[row, : len(places)] = places
         mask[row, : len(places)] = True
     return anchors, mask

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.attention import DraftAttention, KeysValues, OwnContext, Rotary
 from draftopd.drafters.base import Chooser, Draft, Drafter
 from draftopd.targets.target import Target
 
@@ -144,11 +144,12 @@ class AutoregressiveDrafter(Drafter):
         begin; like the first token of a text, theirs have no entry that counts.
         """
         layer = self.layer
+        # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
+        own_context = None if begins is None else OwnContext.of(begins, anchors - 1, 1)
         places = anchors if begins is None else anchors - begins
 
         def pass_layer(entry: Entry, own: KeysValues, ends: Tensor, rotary: Rotary) -> Tensor:
-            # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
-            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary, begins)
+            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary, own_context)
             return output + layer.mlp(layer.post_attention_layernorm(output))
 
         keys, values, hidden, proposals = [], [], [], []

@@ -16,7 +16,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 from typing_extensions import Self
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.attention import DraftAttention, KeysValues, OwnContext, Rotary
 from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
 from draftopd.drafters.checkpoint import fill
 from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
@@ -64,12 +64,12 @@ class DFlashLayer(nn.Module):
         context: KeysValues | None,
         anchors: Tensor,
         rotary: Rotary,
-        begins: Tensor | None = None,
+        own: OwnContext | None = None,
     ) -> Tensor:
         """``block [batch, A * B, hidden]``; see :func:`~draftopd.drafters.attention.block_attention`."""
         normed = self.input_layernorm(block)
         keys, values = (t.unflatten(2, (anchors.shape[1], -1)) for t in self.self_attn.keys_values(normed, rotary))
-        block = block + self.self_attn(normed, context, (keys, values), anchors, rotary, begins)
+        block = block + self.self_attn(normed, context, (keys, values), anchors, rotary, own)
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -243,9 +243,10 @@ class DFlashDrafter(Drafter):
         tokens[..., 0] = anchor_tokens
         block = target.embed(tokens).to(self.fc.weight.dtype).flatten(1, 2)
         places = anchors if begins is None else anchors - begins
+        own = None if begins is None else OwnContext.of(begins, anchors, self.block_size)
         positions = (places[..., None] + torch.arange(self.block_size, device=anchors.device)).flatten(1)
         rotary = self.rotary_emb(block, positions)
         for layer, keys_values in zip(self.layers, context, strict=True):
-            block = self.through(layer, block, keys_values, anchors, rotary, begins)
+            block = self.through(layer, block, keys_values, anchors, rotary, own)
         hidden = self.norm(block.unflatten(1, (-1, self.block_size))[:, :, 1:])
         return Draft(hidden, choose(hidden))

@@ -17,6 +17,7 @@ from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
 from draftopd.targets.hub import local_only, resolve, unavailable
+from draftopd.targets.masks import LayerMasks, own_block
 from draftopd.targets.packed import within
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
@@ -55,9 +56,7 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.body = model.get_decoder()
         self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
-        self.attention_kinds = self._kinds()
-        #: Positions that a sliding-window layer sees, its own included.
-        self.window = int(getattr(self.config, "sliding_window", None) or self.max_positions)
+        self.masks = LayerMasks(self.config)
         self._check_head()
         # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
         names = inspect.signature(type(self.body).forward).parameters
@@ -245,40 +244,29 @@ class Target(nn.Module):
         """
         batch, _, n = tokens.shape
         chunk = max(1, MAX_BLOCK_QUERIES // n)
+        packed, least, most = begins is not None, 0, length
+        begins = anchors.new_zeros(batch, length) if begins is None else begins
         scored = []
-        recorded = torch.arange(length, device=anchors.device).expand(batch, -1)
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
-            own = _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
-            if begins is None:
-                places, keys, seen, context = (
-                    a,
-                    recorded,
-                    recorded[:1, None] < a[..., None],
-                    ContextCache(cache, length),
-                )
-            else:
+            first = begins.gather(1, a)
+            if packed:
                 # The blocks of a chunk see little of a long row.
-                first = begins.gather(1, a)
                 least, most = torch.stack([first.min(), a.max()]).tolist()
-                part = recorded[:, None, least:most]
-                places, keys = a - first, (recorded - begins)[:, least:most]
-                seen = (part >= first[..., None]) & (part < a[..., None])
-                context = ContextCache(cache, most, least)
-            positions = (places[..., None] + torch.arange(n, device=a.device)).flatten(1)
+            places = torch.arange(least, most, device=a.device)
+            seen = (places >= first[..., None]) & (places < a[..., None])
+            own = own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
+            positions = ((a - first)[..., None] + torch.arange(n, device=a.device)).flatten(1)
             allowed = torch.cat([seen.repeat_interleave(n, dim=1), own], -1)
-            reading = self._forward(t.flatten(1), positions, allowed, torch.cat([keys, positions], -1), context)
+            keys = torch.cat([places - begins[:, least:most], positions], -1)
+            reading = self._forward(t.flatten(1), positions, allowed, keys, ContextCache(cache, most, least))
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
 
     def _forward(
         self, ids: Tensor, positions: Tensor, allowed: Tensor, keys: Tensor, cache: PositionCache | ContextCache
     ) -> Reading:
-        """Read ``ids`` at ``positions [batch, n]``.
-
-        Of the keys at positions ``keys [batch, m]`` those ``allowed [batch, n, m]`` are seen; layers with a sliding
-        window see of these only what lies within it.
-        """
-        return self._run(ids, positions, self._masks(allowed, positions, keys), cache)
+        """Read ``ids`` at ``positions [batch, n]``; what they see: :meth:`LayerMasks.of`."""
+        return self._run(ids, positions, self.masks.of(allowed, positions, keys, self.dtype), cache)
 
     def _run(
         self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: PositionCache | ContextCache
@@ -303,36 +291,13 @@ class Target(nn.Module):
         causal = config._attn_implementation == "sdpa"
         with within(config, begins) as sequences:
             positions = torch.arange(sequences.longest, device=begins.device)[None]
-            masks = self._masks(positions[:, None] <= positions[..., None], positions, positions, causal)
-            yield masks
+            before = positions[:, None] <= positions[..., None]
+            yield self.masks.of(before, positions, positions, self.dtype, causal)
         if sequences.layers != layers:
             raise TargetError(
                 f"Of the target's layers {sequences.layers} of {layers} attend through transformers' attention "
                 "interface, which packed rows need in all: use data.pack_to=null."
             )
-
-    def _masks(
-        self, allowed: Tensor, positions: Tensor, keys: Tensor, causal: bool = False
-    ) -> Tensor | dict[str, Tensor]:
-        """The mask of each kind of layer; see :meth:`_forward`.
-
-        ``causal``: full attention gets a mask of a single place, see :func:`~draftopd.targets.packed.within`.
-        """
-        masks = {}
-        for kind in self.attention_kinds:
-            seen = allowed
-            if kind == "sliding_attention":
-                seen = seen & (positions[..., None] - keys[:, None] < self.window)
-            elif causal:
-                seen = seen[:, :1, :1]
-            masks[kind] = self._mask(seen.expand(positions.shape[0], -1, -1)[:, None])
-        # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
-        return masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
-
-    def _mask(self, allowed: Tensor) -> Tensor:
-        # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
 
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -346,19 +311,6 @@ class Target(nn.Module):
         scale = next((n for n in ("logits_scaling", "logit_scale") if getattr(self.config, n, 1.0) != 1.0), None)
         if scale:
             raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
-
-    def _kinds(self) -> tuple[str, ...]:
-        """The kinds of attention its layers have."""
-        # Mistral and its kin name no layer types; a window holds for all their layers.
-        windowed = (getattr(self.config, "sliding_window", None) or self.max_positions) < self.max_positions
-        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
-        others = set(kinds) - {"full_attention", "sliding_attention"}
-        if others:
-            raise TargetError(
-                f"The target has {', '.join(sorted(others))} layers, which block scoring does not cover: use a target "
-                "whose layers are full or sliding-window attention."
-            )
-        return tuple(sorted(set(kinds)))
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -383,9 +335,3 @@ def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)
-
-
-def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
-    """``[1, blocks * n, blocks * n]``: each slot sees its own block up to itself."""
-    causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
-    return torch.block_diag(*[causal] * blocks)[None].bool()
