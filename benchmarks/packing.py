@@ -130,7 +130,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--target", default="bundled:tiny_target", help="directory in Hugging Face layout")
     parser.add_argument("--drafter", default="bundled:tiny_dflash", help="directory of a drafter's checkpoint")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=list(STAGES))
-    parser.add_argument("--pack-to", type=int, nargs="+", default=[512, 1024, 4096])
+    parser.add_argument("--pack-to", type=int, nargs="+", default=[512, 8192])
     parser.add_argument("--prompts", type=int, default=256)
     parser.add_argument("--batch-size", type=int, default=16)
     parser.add_argument("--max-new-tokens", type=int, default=256)

@@ -36,9 +36,9 @@ class Sequences:
         first = heads.nonzero()[:, 0]
         sizes = torch.cat([first[1:], first.new_tensor([len(heads)])]) - first
         self.longest = int(sizes.max())
-        within = (first[:, None] + torch.arange(self.longest, device=begins.device)).clamp_max(len(heads) - 1)
+        inside = (first[:, None] + torch.arange(self.longest, device=begins.device)).clamp_max(len(heads) - 1)
         #: Of each sequence's places the row's, ``[S, longest]``; of the rows' tokens theirs, ``[rows * n]``.
-        self.places = within
+        self.places = inside
         self.back = (heads.cumsum(0) - 1) * self.longest + (places - begins).flatten()
         self.layers = 0
 
