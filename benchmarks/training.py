@@ -60,7 +60,7 @@ class GivenFeatures(Target):
 
     features: torch.Tensor
 
-    def read_features(self, ids: torch.Tensor) -> torch.Tensor:
+    def read_features(self, ids: torch.Tensor, begins: torch.Tensor | None = None) -> torch.Tensor:
         return self.features
 
 
@@ -91,7 +91,7 @@ def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBat
         )
     lengths = torch.full((options.batch,), options.length)
     batch = ReplayBatch(ids, torch.zeros_like(lengths), lengths, anchors, torch.ones_like(anchors).bool(), -lengths)
-    return target, drafter, ReplayBatch(*(t.to(options.device) for t in batch))
+    return target, drafter, ReplayBatch(*(t.to(options.device) for t in batch if isinstance(t, torch.Tensor)))
 
 
 def taps_of(options: argparse.Namespace) -> tuple[int, ...]:

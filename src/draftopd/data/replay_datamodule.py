@@ -9,10 +9,12 @@ from typing import Any
 
 import lightning as L
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, PromptSource
+from draftopd.packing import Layout, pack
 from draftopd.replay import ReplayBatch, pad_anchors
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
 from draftopd.rollout.buffer import AnchorBuffer, Recorded
@@ -90,6 +92,7 @@ class ReplayLoader(DataLoader[Recorded]):
         renew: gives records the current drafter's anchors; called with those of the next ``renew_every`` batches.
             The loader runs in the training process and serves each batch when it is needed, so that "current"
             means the step just taken.
+        pack_to: see :class:`ReplayDataModule`.
     """
 
     def __init__(
@@ -100,11 +103,13 @@ class ReplayLoader(DataLoader[Recorded]):
         pad: int,
         renew: Renew | None = None,
         renew_every: int = 0,
+        pack_to: int | None = None,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=lambda rows: rows)
         self.replays, self.order = dataset, sampler
         self.policy, self.pad = policy, pad
         self.renew, self.renew_every = renew, renew_every
+        self.pack_to = pack_to
         self._served = 0
         self._skip = 0
         self._renewed: dict[int, list[Recorded]] = {}  # by the batch's place in the epoch
@@ -141,16 +146,19 @@ class ReplayLoader(DataLoader[Recorded]):
         self._renewed = {p: [next(records) for _ in batches[p]] for p in coming}
 
     def collate(self, records: list[Recorded], generator: torch.Generator) -> ReplayBatch:
-        """Pad the records' tokens and chosen anchors into one batch."""
+        """Put the records' tokens and chosen anchors into one batch: a row a record, or packed; padded."""
         chosen = [self.policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
-        anchors, mask = pad_anchors(chosen)
-        lengths = torch.tensor([len(r.tokens) for r in records])
-        ids = torch.full((len(records), int(lengths.max())), self.pad)
-        for row, record in enumerate(records):
-            ids[row, : len(record.tokens)] = torch.tensor(record.tokens)
+        lengths = [len(r.tokens) for r in records]
+        rows = pack(lengths, self.pack_to) if self.pack_to else [[i] for i in range(len(records))]
+        layout = None
+        if len(rows) < len(records):
+            layout = Layout.of(rows, lengths)
+            chosen = layout.by_row(chosen, len(rows))
+        texts = [torch.tensor([token for i in row for token in records[i].tokens]) for row in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad)
         starts = torch.tensor([r.prompt_length for r in records])
         made_at = torch.tensor([-1 if r.step is None or not self.policy.of_the_drafter else r.step for r in records])
-        return ReplayBatch(ids, starts, lengths, anchors, mask, made_at)
+        return ReplayBatch(ids, starts, torch.tensor(lengths), *pad_anchors(chosen), made_at, layout)
 
     def state_dict(self) -> dict[str, Any]:
         renewed = {
@@ -194,6 +202,11 @@ class ReplayDataModule(L.LightningDataModule):
         thinking: the chat template's thinking mode.
         max_prompt_tokens: longer prompts are left out.
         seed: of order and random anchors.
+        pack_to: put several of a batch's sequences in a row, up to so many tokens a row, so that less of the batch is
+            padding; each sees itself only. None gives each a row of its own.
+
+    Raises:
+        ValueError: if ``pack_to`` is less than 1.
     """
 
     def __init__(
@@ -210,8 +223,12 @@ class ReplayDataModule(L.LightningDataModule):
         thinking: bool = True,
         max_prompt_tokens: int = 512,
         seed: int = 0,
+        pack_to: int | None = None,
     ) -> None:
         super().__init__()
+        if pack_to is not None and pack_to < 1:
+            raise ValueError(f"pack_to must be 1 or more tokens a row, or null, found {pack_to}.")
+        self.pack_to = pack_to
         self.sources = {"train": train_prompts, "validation": validation_prompts}
         self.prompts_per_refresh, self.validation_count = prompts_per_refresh, validation_count
         self.batch_size, self.validation_batch_size = batch_size, validation_batch_size
@@ -248,7 +265,7 @@ class ReplayDataModule(L.LightningDataModule):
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
         dataset = ReplayDataset(self.buffer_root)
-        return ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every)
+        return ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
 
     @property
     def policy(self) -> AnchorPolicy:

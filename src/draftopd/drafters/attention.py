@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -19,7 +21,29 @@ Rotary = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
 
 
-def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor) -> Tensor:
+class OwnContext(NamedTuple):
+    """What blocks see of a context that several sequences share.
+
+    ``begins [batch, A]``: the first entry that each block sees. ``spans``: for each chunk of blocks that
+    :func:`block_attention` takes at once the entries that any of them sees, so that it leaves out the others.
+    """
+
+    begins: Tensor
+    spans: list[slice]
+
+    @classmethod
+    def of(cls, begins: Tensor, ends: Tensor, size: int) -> OwnContext:
+        """Blocks of ``size`` queries that see the entries from ``begins`` up to ``ends [batch, A]``."""
+        chunk = max(1, MAX_QUERIES // size)
+        least = torch.stack([part.min() for part in begins.split(chunk, 1)])
+        most = torch.stack([part.max() for part in ends.split(chunk, 1)])
+        bounds = torch.stack([least, most.clamp_min(0)], -1).tolist()
+        return cls(begins, [slice(*pair) for pair in bounds])
+
+
+def block_attention(
+    query: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor, own: OwnContext | None = None
+) -> Tensor:
     """Each block attends to the context strictly before its end there, and to all of itself.
 
     Args:
@@ -28,6 +52,7 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
             where there is no context yet.
         block: keys and values ``[batch, kv_heads, A, B, head_dim]``.
         ends: ``[batch, A]``.
+        own: where the context that each block sees begins; None: at entry 0.
 
     Returns:
         ``[batch, heads, A, Q, head_dim]``.
@@ -35,17 +60,21 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
     size, own_size = query.shape[3], block[0].shape[3]
     chunk = max(1, MAX_QUERIES // size)
     outputs = []
-    for start in range(0, ends.shape[1], chunk):
+    for number, start in enumerate(range(0, ends.shape[1], chunk)):
         part = slice(start, start + chunk)
         keys, values = block[0][:, :, part].flatten(2, 3), block[1][:, :, part].flatten(2, 3)
         blocks = torch.arange(ends[:, part].shape[1], device=query.device)
         asked, owned = blocks.repeat_interleave(size), blocks.repeat_interleave(own_size)
         allowed = (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
         if context is not None:
-            length = context[0].shape[2]
-            before = torch.arange(length, device=query.device) < ends[:, part, None]
+            entries = torch.arange(context[0].shape[2], device=query.device)
+            if own is None:
+                seen, before = slice(None), entries < ends[:, part, None]
+            else:
+                seen = own.spans[number]
+                before = (entries[seen] >= own.begins[:, part, None]) & (entries[seen] < ends[:, part, None])
             allowed = torch.cat([before.repeat_interleave(size, dim=1), allowed], dim=-1)
-            keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
+            keys, values = (torch.cat([c[:, :, seen], o], dim=2) for c, o in zip(context, (keys, values), strict=True))
         attended = F.scaled_dot_product_attention(
             query[:, :, part].flatten(2, 3), keys, values, attn_mask=allowed[:, None], enable_gqa=True
         )
@@ -81,10 +110,16 @@ class DraftAttention(nn.Module):
         return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
 
     def forward(
-        self, states: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor, rotary: Rotary
+        self,
+        states: Tensor,
+        context: KeysValues | None,
+        block: KeysValues,
+        ends: Tensor,
+        rotary: Rotary,
+        own: OwnContext | None = None,
     ) -> Tensor:
         """``states [batch, A * Q, width]`` over context and block; see :func:`block_attention`."""
         query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         query = apply_rotary_pos_emb(query, query, *rotary)[0]
-        attended = block_attention(query.unflatten(2, (ends.shape[1], -1)), context, block, ends)
+        attended = block_attention(query.unflatten(2, (ends.shape[1], -1)), context, block, ends, own)
         return self.o_proj(attended.flatten(2, 3).transpose(1, 2).flatten(2))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.attention import DraftAttention, KeysValues, OwnContext, Rotary
 from draftopd.drafters.base import Chooser, Draft, Drafter
 from draftopd.targets.target import Target
 
@@ -80,12 +80,22 @@ class AutoregressiveDrafter(Drafter):
     def leave(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output ``[..., hidden]``, ready for the LM head, and as the state of the next step."""
 
-    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
+    def replay(
+        self,
+        target: Target,
+        features: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
+    ) -> Draft:
         states = self.fuse(features)
-        positions = torch.arange(ids.shape[1] - 1, device=ids.device).expand(ids.shape[0], -1)
+        positions, first = torch.arange(ids.shape[1] - 1, device=ids.device).expand(ids.shape[0], -1), None
+        if begins is not None:
+            positions, first = positions - begins[:, 1:], begins.gather(1, anchors)
         context = self._keys_values(self.entry(target, ids[:, 1:], states[:, :-1]).states, positions)
         before = _at(states, (anchors - 1).clamp_min(0))
-        return self._blocks(target, context, before, anchors, ids.gather(1, anchors), choose)
+        return self._blocks(target, context, before, anchors, ids.gather(1, anchors), choose, first)
 
     def start(self, capacity: int) -> DraftState:
         return DraftState(PositionStore(capacity))
@@ -119,22 +129,33 @@ class AutoregressiveDrafter(Drafter):
         return self.layer.self_attn.keys_values(states, self.rotary_emb(states, positions))
 
     def _blocks(
-        self, target: Target, context: KeysValues, states: Tensor, anchors: Tensor, tokens: Tensor, choose: Chooser
+        self,
+        target: Target,
+        context: KeysValues,
+        states: Tensor,
+        anchors: Tensor,
+        tokens: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
     ) -> Draft:
         """Blocks at ``anchors [batch, A]`` that begin with ``tokens [batch, A]`` after ``states [batch, A, hidden]``.
 
-        ``context``: keys and values of the entries from 1 on.
+        ``context``: keys and values of the entries from 1 on. ``begins [batch, A]``: where the anchors' sequences
+        begin; like the first token of a text, theirs have no entry that counts.
         """
         layer = self.layer
+        # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
+        own_context = None if begins is None else OwnContext.of(begins, anchors - 1, 1)
+        places = anchors if begins is None else anchors - begins
 
         def pass_layer(entry: Entry, own: KeysValues, ends: Tensor, rotary: Rotary) -> Tensor:
-            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary)
+            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary, own_context)
             return output + layer.mlp(layer.post_attention_layernorm(output))
 
         keys, values, hidden, proposals = [], [], [], []
         for step in range(self.num_proposals):
             entry = self.entry(target, tokens, states)
-            rotary = self.rotary_emb(entry.states, anchors - 1 + step)
+            rotary = self.rotary_emb(entry.states, places - 1 + step)
             key, value = layer.self_attn.keys_values(entry.states, rotary)
             keys.append(key)
             values.append(value)

@@ -86,7 +86,15 @@ class Drafter(nn.Module, ABC):
         return target.head
 
     @abstractmethod
-    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
+    def replay(
+        self,
+        target: Target,
+        features: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
+    ) -> Draft:
         """Draft at many anchors of recorded sequences in one pass.
 
         Args:
@@ -95,6 +103,9 @@ class Drafter(nn.Module, ABC):
             anchors: ``[batch, A]`` positions; 1 or more where the drafter is autoregressive, whose first step needs
                 the feature before the anchor.
             choose: picks the proposals.
+            begins: ``[batch, n]``, for rows that hold several sequences: where in the row each token's own begins.
+                ``anchors`` are then places in the row; a block sees its own sequence only, and positions count from
+                its beginning.
         """
 
     @abstractmethod
