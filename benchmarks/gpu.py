@@ -41,7 +41,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoder
-from draftopd.drafters.attention import block_attention
+from draftopd.drafters.attention import View, block_attention
 from draftopd.drafters.base import Chooser, Draft
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.load import load_for
@@ -192,14 +192,14 @@ def attention_inputs(
     return inputs, torch.randint(1, length, (batch, anchors), generator=generator).to(device)
 
 
-def check_attention(shape: dict[str, Any], device: str, dtype: torch.dtype) -> dict[str, float]:
+def check_attention(shape: dict[str, Any], device: str, dtype: torch.dtype, flex: bool) -> dict[str, float]:
     """Largest errors of block attention's value and gradients, each by the largest entry of what they should be."""
     length, anchors = (1000, 37) if device == "cuda" else (40, 21)
     inputs, ends = attention_inputs(shape, length, anchors, 16, 2, device, dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    results = []
+    view, results = View.of_many(ends, None, 16, length if flex else None), []
     for (query, ck, cv, bk, bv), attend in ((inputs, block_attention), (exact, plain_attention)):
-        output = attend(query, (ck, cv), (bk, bv), ends)
+        output = attend(query, (ck, cv), (bk, bv), view if attend is block_attention else ends)
         output.double().square().sum().backward()
         results.append([output, *(t.grad for t in (query, ck, cv, bk, bv))])
     errors = [float((a.double() - b).abs().max() / b.abs().max()) for a, b in zip(*results, strict=True)]
@@ -254,7 +254,9 @@ def checks(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
     failed = [f"bundled, {name}" for name, same in found["bundled"].items() if not same]
     allowed = {"float32": 1e-4, "bfloat16": 3e-2}
     for dtype, most in allowed.items():
-        compared = {"attention": check_attention(shape, device, getattr(torch, dtype))}
+        compared = {"attention": check_attention(shape, device, getattr(torch, dtype), flex=False)}
+        if device == "cuda":  # it has no backward on a CPU
+            compared["FlexAttention"] = check_attention(shape, device, getattr(torch, dtype), flex=True)
         if device == "cuda" and liger.installed():
             compared["liger"] = check_liger(shape, sizes, device, dtype)
         for name, errors in compared.items():
@@ -271,9 +273,12 @@ def attention(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, ends = attention_inputs(shape, sizes["length"], sizes["anchors"], sizes["block"], 1, device, dtype)
     query, ck, cv, bk, bv = inputs
-    kernels = {"torch's choice": None, "math": SDPBackend.MATH}
+    views = {False: View.of_many(ends, None, sizes["block"])}
+    kernels: dict[str, Any] = {"torch's choice": None, "math": SDPBackend.MATH}
     if device == "cuda":
+        views[True] = View.of_many(ends, None, sizes["block"], sizes["length"])
         kernels |= {
+            "FlexAttention": None,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,
             "cudnn": SDPBackend.CUDNN_ATTENTION,
         }  # fmt: skip
@@ -285,7 +290,7 @@ def attention(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict
                 for _ in range(4):
                     wait(device)
                     began = time.perf_counter()
-                    block_attention(query, (ck, cv), (bk, bv), ends).sum().backward()
+                    block_attention(query, (ck, cv), (bk, bv), views[name == "FlexAttention"]).sum().backward()
                     wait(device)
                     seconds.append(time.perf_counter() - began)
             found[name] = {

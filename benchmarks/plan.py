@@ -35,7 +35,7 @@ RESULTS = Path(__file__).parent / "results" / "plan.json"
 BASE: dict[str, Any] = {
     "kind": "dflash", "hidden": 512, "heads": 8, "kv_heads": 2, "intermediate": 1536, "target_layers": 4, "layers": 3,
     "experts": 0, "block": 8, "batch": 2, "tokens": 768, "anchors": 48, "vocabulary": 8000, "loss": "forward_kl",
-    "bfloat16": False, "checkpointing": False, "attention": "fused",
+    "bfloat16": False, "checkpointing": False, "attention": "chunks",
 }  # fmt: skip
 CASES: list[dict[str, Any]] = [
     {},

@@ -16,6 +16,7 @@ from draftopd import ranks
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
+from draftopd.drafters.attention import Kernel
 from draftopd.drafters.base import Drafter
 from draftopd.errors import NumericsError
 from draftopd.losses.base import Loss, LossOutput
@@ -48,7 +49,7 @@ class DraftModule(L.LightningModule):
         verification: acceptance rule above temperature 0, in replay and validation.
         seed: of proposals drawn above temperature 0.
         compiled: decode through torch.compile in validation.
-        activation_checkpointing: see :attr:`~draftopd.drafters.base.Drafter.activation_checkpointing`.
+        activation_checkpointing, attention: see :class:`~draftopd.drafters.base.Drafter`.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
     """
 
@@ -65,6 +66,7 @@ class DraftModule(L.LightningModule):
         warmup: float = 0.05,
         final_rate: float = 0.0,
         activation_checkpointing: bool = False,
+        attention: Kernel = "auto",
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",
         seed: int = 0,
@@ -75,7 +77,7 @@ class DraftModule(L.LightningModule):
         drafter.check_fits(target)
         self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter = drafter
-        drafter.activation_checkpointing = activation_checkpointing
+        drafter.activation_checkpointing, drafter.attention = activation_checkpointing, attention
         self.loss = loss
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
@@ -177,11 +179,13 @@ class DraftModule(L.LightningModule):
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """The drafter as it decodes: without dropout, whatever it is in training."""
+        """The drafter as it decodes: without dropout, whatever it is in training, and in the trainer's precision."""
         training = self.drafter.training
         self.drafter.eval()
         try:
-            yield
+            # Hooks of callbacks, unlike those of steps, run outside of it.
+            with self.trainer.precision_plugin.forward_context():
+                yield
         finally:
             self.drafter.train(training)
 

@@ -107,7 +107,8 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
         teacher=loss.teacher if rollout.sampling.greedy or loss.teacher != "until_fail" else "proposals",
         loss_copies=LOSS_COPIES.get(type(loss).__name__, KL_COPIES), chunk_elements=GPU_CHUNKS * CHUNK_ELEMENTS,
-        checkpointing=config.module.activation_checkpointing, attention=given.attention_kernel(c),
+        checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
+        attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
     )  # fmt: skip
     mean = dataclasses.replace(
         step, tokens=mean_prompt + mean_response, anchors=_anchors(data, mean_response, given.tau)

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
 from draftopd.decoding.cache import PositionStore
+from draftopd.drafters.attention import Kernel
 from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
 from draftopd.errors import DrafterError
 from draftopd.targets.head import LMHead
@@ -69,6 +70,8 @@ class Drafter(nn.Module, ABC):
     autoregressive = False
     #: Keep only what goes into a layer, and compute the layer again on the way back: less memory, more time.
     activation_checkpointing = False
+    #: The kernel that attends in :meth:`replay`, where there is a choice.
+    attention: Kernel = "auto"
 
     def through(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``layer(*inputs)``, computed again in the backward pass with :attr:`activation_checkpointing`."""

@@ -46,21 +46,28 @@ def linear(width: int, incoming: int, step: Step, consumers: int = 1) -> int:
 
 
 def attention(d: DrafterSize, step: Step, queries: int, anchors: int, own: int, context: int) -> float:
-    """Kept of attention over a batch: ``queries`` an anchor, ``own`` keys an anchor, ``context`` keys."""
-    c, total = step.compute_bytes, step.batch * anchors * queries
+    """Kept of attention over a batch: ``queries`` an anchor, ``own`` keys an anchor, ``context`` keys.
+
+    Chunks leave out what lies behind their anchors, which are taken to be spread evenly behind the prompt.
+    """
+    c, width = step.compute_bytes, d.heads * d.head_dim
+    total = step.batch * anchors * queries
     at_once = max(1, MAX_QUERIES // queries)
     kept = 0.0
     for begin in range(0, anchors, at_once):
         part = min(at_once, anchors - begin)
-        keys, asked = context + part * own, part * queries
+        seen = step.prompt + (context - step.prompt) * (begin + part) / anchors
+        keys, asked = seen + part * own, part * queries
         if step.attention == "math":
             # Keys and values for every head, and every score, in float32.
             kept += step.batch * d.heads * FLOAT * (2 * keys * d.head_dim + asked * keys)
-        else:
-            kept += step.batch * (2 * keys * d.kv_heads * d.head_dim * c + asked * keys * c)
-    width = d.heads * d.head_dim
+        elif step.attention != "flex":
+            heads = d.heads if step.attention == "expanded" else d.kv_heads
+            kept += step.batch * (2 * keys * heads * d.head_dim * c + asked * keys * c)
     if step.attention == "math":
         return kept + total * width * (FLOAT + c)  # scaled queries; into the output map
+    if step.attention == "flex":
+        kept = step.batch * 2 * (context + anchors * own) * d.kv_heads * d.head_dim * c
     return kept + total * (3 * width * c + d.heads * FLOAT)  # queries; output; into the output map
 
 

@@ -8,7 +8,6 @@ from typing import Annotated, Any
 from pydantic import Field
 
 from draftopd.errors import ConfigError
-from draftopd.planning.sizes import Attention
 
 
 @dataclass(frozen=True)
@@ -20,7 +19,6 @@ class Device:
             torch multiplies by default.
         bandwidth: of its memory, 1e9 bytes a second; ``memory`` in 1e9 bytes.
         link: to other GPUs, one way, 1e9 bytes a second.
-        cudnn: torch prefers cuDNN's attention there, which takes masks and grouped keys (compute capability 9 and 10).
     """
 
     tflops: float
@@ -28,19 +26,18 @@ class Device:
     bandwidth: float
     memory: float
     link: float
-    cudnn: bool = False
 
 
-#: NVIDIA's datasheets of each product, read 2025: dense rates are half of those given "with sparsity", links one way
-#: half of the total. Where a datasheet gives none for float32 it is that of the CUDA cores.
+#: As NVIDIA states them in the datasheet of each product: dense rates are half of those given "with sparsity", links
+#: one way half of the total. Where a datasheet gives none for float32 it is that of the CUDA cores.
 DEVICES = {
     # "NVIDIA H100 Tensor Core GPU" datasheet: SXM, and PCIe (with PCIe 5.0 x16 alone).
-    "H100": Device(989, 67, 3350, 80, 450, True),
-    "H100-PCIe": Device(756, 51, 2000, 80, 64, True),
+    "H100": Device(989, 67, 3350, 80, 450),
+    "H100-PCIe": Device(756, 51, 2000, 80, 64),
     # "NVIDIA H200 Tensor Core GPU" datasheet: SXM.
-    "H200": Device(989, 67, 4800, 141, 450, True),
+    "H200": Device(989, 67, 4800, 141, 450),
     # "NVIDIA DGX B200" datasheet, an eighth of the system.
-    "B200": Device(2250, 75, 8000, 180, 900, True),
+    "B200": Device(2250, 75, 8000, 180, 900),
     # "NVIDIA A100 Tensor Core GPU" datasheet: SXM of 80 GB, and of 40 GB.
     "A100": Device(312, 19.5, 2039, 80, 300),
     "A100-40GB": Device(312, 19.5, 1555, 40, 300),
@@ -69,7 +66,6 @@ class Assumptions:
         launch_ms: milliseconds of the host for one layer's operations, where they are not compiled.
         tau: tokens a verification yields.
         prompt_tokens, response_tokens: of a text; None: the limits, so that the plan is an upper bound.
-        attention: the drafter's kernel, ``fused`` or ``math``; None: what torch takes there.
     """
 
     gpu: str = "H100"
@@ -85,7 +81,6 @@ class Assumptions:
     tau: Annotated[float, Field(ge=1)] = 4.0
     prompt_tokens: Annotated[int, Field(ge=1)] | None = None
     response_tokens: Annotated[int, Field(ge=2)] | None = None
-    attention: Attention | None = None
 
     @property
     def device(self) -> Device:
@@ -104,12 +99,3 @@ class Assumptions:
             "memory": self.memory, "link": self.link,
         }  # fmt: skip
         return replace(DEVICES[self.gpu], **{name: value for name, value in given.items() if value is not None})
-
-    def attention_kernel(self, compute_bytes: int) -> Attention:
-        """What torch takes for the drafter's attention, which has a mask and grouped keys.
-
-        Of its kernels only cuDNN's takes both, in half precision; everywhere else every score is held.
-        """
-        if self.attention is not None:
-            return self.attention
-        return "fused" if self.device.cudnn and compute_bytes == 2 else "math"

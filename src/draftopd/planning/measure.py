@@ -41,7 +41,7 @@ def step_peaks(
     batch: ReplayBatch,
     loss: Loss,
     autocast: bool = False,
-    attention: Attention = "fused",
+    attention: Attention = "chunks",
     measured: bool = True,
 ) -> dict[str, int]:
     """Bytes that a first training step holds at most, in each of its moments, beyond what was held before it.

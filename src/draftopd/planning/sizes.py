@@ -15,9 +15,9 @@ from draftopd.losses.base import TeacherScope
 from draftopd.losses.chunked import CHUNK_ELEMENTS
 from draftopd.targets.target import Target
 
-#: How attention of the drafter runs: in one kernel, or as plain operations that hold every score (see
-#: :func:`draftopd.planning.devices.attention_kernel`).
-Attention = Literal["fused", "math"]
+#: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
+#: ``expanded`` too with keys and values repeated for all heads (on a GPU), ``math`` holds every score.
+Attention = Literal["flex", "chunks", "expanded", "math"]
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,7 @@ class Step:
         teacher: what of the target the loss needs.
         loss_copies: logits-sized tensors in float32 that the loss holds at once for a chunk.
         chunk_elements: logits of a chunk.
+        prompt: tokens before the first anchor.
         measured: the target also scores the proposals to log agreement (every ``log_every_n_steps``).
     """
 
@@ -149,7 +150,8 @@ class Step:
     loss_copies: int = 7
     chunk_elements: int = CHUNK_ELEMENTS
     checkpointing: bool = False
-    attention: Attention = "fused"
+    attention: Attention = "chunks"
+    prompt: int = 0
     measured: bool = True
 
 
