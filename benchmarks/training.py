@@ -177,6 +177,7 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--anchors", type=int, nargs="+", default=[64], help="for each sequence")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000])
+    parser.add_argument("--cases", nargs="+", metavar="LENGTH,ANCHORS,VOCABULARY", help="instead of all combinations")
     parser.add_argument("--target-layers", type=int, default=0)
     parser.add_argument("--loss", choices=LOSSES, default="cross_entropy")
     parser.add_argument("--tied", action="store_true", help="the target's head is its embedding")
@@ -196,7 +197,10 @@ def main() -> None:
         print(json.dumps(measure(options)))
         return
     cases = []
-    for case in product(options.lengths, options.anchors, options.vocabularies):
+    chosen = product(options.lengths, options.anchors, options.vocabularies)
+    if options.cases:
+        chosen = [tuple(map(int, case.split(","))) for case in options.cases]
+    for case in chosen:
         length, anchors, vocabulary = map(str, case)
         ours = [sys.executable, __file__, *sys.argv[1:], "--case", length, anchors, vocabulary]
         shape = [*shape_of(options), "--length", length, "--anchors", anchors, "--vocab", vocabulary]
