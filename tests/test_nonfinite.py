@@ -16,7 +16,6 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.plugins.precision import MixedPrecision
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,7 +27,8 @@ from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.kl import ForwardKL
 from draftopd.module import DraftModule
-from draftopd.nonfinite import largest_gradient, nonfinite_gradients
+from draftopd.nonfinite import keep_batch, largest_gradient, nonfinite_gradients, read_batch
+from draftopd.packing import Layout
 from draftopd.replay import ReplayBatch
 from draftopd.targets.target import Target
 from tests.conftest import randomize
@@ -105,6 +105,14 @@ def make_trainer(directory: Path, **options: Any) -> L.Trainer:
     return L.Trainer(default_root_dir=directory, **quiet | common | options)
 
 
+def assert_same(found: ReplayBatch, expected: ReplayBatch) -> None:
+    for mine, other in zip(found[:-1], expected[:-1], strict=True):
+        assert torch.equal(mine, other) and mine.dtype == other.dtype
+    assert (found.layout is None) == (expected.layout is None)
+    if found.layout is not None and expected.layout is not None:
+        assert all(torch.equal(*pair) for pair in zip(found.layout, expected.layout, strict=True))
+
+
 def fit(module: DraftModule, given: list[ReplayBatch], directory: Path, **options: Any) -> History:
     history = History()
     trainer = make_trainer(directory, callbacks=[history], **options)
@@ -142,8 +150,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(
     # The batch, read again as the documentation says.
     (path,) = (tmp_path / "nonfinite").glob("*.safetensors")
     assert path.name == "step-2.safetensors"
-    kept = ReplayBatch(**load_file(path))
-    assert all(torch.equal(found, expected) for found, expected in zip(kept, given[2], strict=True))
+    assert_same(read_batch(path), given[2])
     record = json.loads(path.with_suffix(".json").read_text())
     assert (record["step"], record["epoch"], record["skipped_in_a_row"]) == (2, 0, 1)
     assert math.isfinite(float(record["losses"][0])) == (how == "gradient")
@@ -171,7 +178,7 @@ def test_one_bad_micro_batch_skips_the_step_and_is_the_one_kept(
     history = fit(module, given, tmp_path, accumulate_grad_batches=2)
     # Batches 2 and 3 make the second step.
     assert [history.same(step) for step in range(6)] == [True, False, True, True, True, False]
-    kept = ReplayBatch(**load_file(tmp_path / "nonfinite" / "step-1.safetensors"))
+    kept = read_batch(tmp_path / "nonfinite" / "step-1.safetensors")
     assert torch.equal(kept.ids, given[2].ids)
     assert json.loads((tmp_path / "nonfinite" / "step-1.json").read_text())["micro_batch"] == 0
     assert module.tokens_seen == sum(int(batch.lengths.sum()) for batch in given)
@@ -195,6 +202,14 @@ def test_no_batch_is_kept_where_none_is_wanted(make_module: Callable[..., DraftM
     for options in ({"max_skipped_in_a_row": -1}, {"keep_nonfinite": -1}):
         with pytest.raises(ConfigError, match="0 or more, found -1"):
             make_module(ForwardKL(), **options)
+
+
+def test_a_packed_batch_is_read_as_it_was(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
+    (batch,) = batches(make_module(ForwardKL()), 1)
+    batch = batch._replace(layout=Layout.of([[0]], batch.lengths.tolist()))
+    path = keep_batch(tmp_path, 1, [batch], [math.nan], {"step": 7, "rank": 0, "ranks": 1})
+    assert path == tmp_path / "step-7.safetensors"
+    assert_same(read_batch(path), batch)
 
 
 def test_the_counts_outlive_an_interruption(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:

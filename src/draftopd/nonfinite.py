@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from draftopd.errors import ConfigError, NumericsError
 from draftopd.files import replaced
+from draftopd.packing import Layout
 from draftopd.replay import ReplayBatch
 
 log = logging.getLogger(__name__)
@@ -112,7 +113,9 @@ def keep_batch(
     place = next((i for i, loss in enumerate(losses) if not math.isfinite(loss)), len(losses) - 1)
     rank = f"-rank-{about['rank']}" if about["ranks"] > 1 else ""
     path = directory / f"step-{about['step']}{rank}.safetensors"
-    fields = {k: v for k, v in batches[place]._asdict().items() if isinstance(v, Tensor)}
+    fields = batches[place]._asdict()
+    if layout := fields.pop("layout"):
+        fields |= {f"layout.{k}": v for k, v in layout._asdict().items()}
     tensors = {k: v.cpu().clone(memory_format=torch.contiguous_format) for k, v in fields.items()}
     record = about | {"micro_batch": place, "losses": [x if math.isfinite(x) else str(x) for x in losses]}
     try:
@@ -129,6 +132,13 @@ def keep_batch(
         numbered[step].unlink()
         numbered[step].with_suffix(".json").unlink(missing_ok=True)
     return path
+
+
+def read_batch(path: str | Path) -> ReplayBatch:
+    """The batch of a skipped step, on the CPU."""
+    tensors = load_file(path)
+    layout = {k.removeprefix("layout."): tensors.pop(k) for k in list(tensors) if k.startswith("layout.")}
+    return ReplayBatch(**tensors, layout=Layout(**layout) if layout else None)
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:
