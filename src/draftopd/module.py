@@ -23,6 +23,7 @@ from draftopd.decoding.verify import Verification
 from draftopd.drafters.attention import Kernel
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
+from draftopd.interruption import ends_at_once
 from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength
@@ -118,6 +119,8 @@ class DraftModule(L.LightningModule):
         self._shards: Shards | None = None
         self._validating = ExitStack()
         self._step = _Step()
+        #: Held-out micro tau before training and at the last validation; NaN where there was none.
+        self.tau_before = self.tau_after = float("nan")
         slots = drafter.num_proposals
         self.agreement = Agreement()
         self.by_entropy = EntropyAcceptance()
@@ -288,7 +291,7 @@ class DraftModule(L.LightningModule):
         self._validating.enter_context(self.decoding())
 
     def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
-        with self.clock("validation"):
+        with self.clock("validation"), ends_at_once():
             generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
             decoded = self.decoder().decode_batch(batch, generator)
         self.tau.update([d.emitted for d in decoded])
@@ -309,6 +312,7 @@ class DraftModule(L.LightningModule):
             self.training_seconds = elapsed - self.clock.seconds["validation"]
             self.log("time/training_seconds", self.training_seconds)
         tau = {name: value.float() for name, value in self.tau.compute().items()}
+        self.tau_after = float(tau["micro"])
         self.log("val/tau", tau["micro"], prog_bar=True, sync_dist=False)
         self.log("val/tau_macro", tau["macro"])
         for slot, rate in enumerate(self.by_position.compute().tolist(), start=1):
@@ -343,6 +347,7 @@ class DraftModule(L.LightningModule):
         checkpoint["seconds"] = dict(self.clock.seconds)
         checkpoint["training_seconds"] = self.training_seconds
         checkpoint["skipped_steps"] = self.skips.state()
+        checkpoint["tau"] = (self.tau_before, self.tau_after)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
@@ -350,6 +355,7 @@ class DraftModule(L.LightningModule):
         self.training_seconds = checkpoint["training_seconds"]
         if "skipped_steps" in checkpoint:  # absent in checkpoints that raised instead of skipping
             self.skips.restore(checkpoint["skipped_steps"])
+        self.tau_before, self.tau_after = checkpoint["tau"]
 
     def _generator(self) -> torch.Generator | None:
         if self.sampling.greedy:

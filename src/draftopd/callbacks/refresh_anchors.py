@@ -12,6 +12,7 @@ import lightning as L
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.errors import BufferError
+from draftopd.interruption import ends_at_once
 from draftopd.module import DraftModule
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
@@ -70,6 +71,7 @@ class RefreshAnchors(L.Callback):
         )
         shown = self.show_progress and trainer.is_global_zero
         with (
+            ends_at_once(),
             module.drafting(),
             module.clock("rollout"),
             writer,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -51,6 +52,11 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         sys.exit(f"Error: {error}")
     except KeyboardInterrupt:
         sys.exit(f"Stopped. {CONTINUES}")
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":  # Lightning's
+            raise
+        print(f"Stopped by SIGTERM. {CONTINUES}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:

@@ -17,10 +17,13 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.callbacks.draft_viewer import DraftViewer
+from draftopd.callbacks.last_checkpoint import LastCheckpoint
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.cli.record import write_record
@@ -79,14 +82,15 @@ def run(config: DictConfig) -> TrainingReport:
 
     resume = directory / "checkpoints" / "last.ckpt"
     resumed = resume.exists()
-    before = float("nan")
     if resumed:
         if trainer.is_global_zero:
             print(f"Continuing from {resume}")
     elif config.validate_first:
-        before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
+        module.tau_before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
+    except SIGTERMException:
+        raise
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
@@ -94,8 +98,8 @@ def run(config: DictConfig) -> TrainingReport:
     if trainer.is_global_zero:
         drafter.save(directory / "drafter", tensors=tensors)
     report = TrainingReport(
-        tau_before=before,
-        tau_after=float(trainer.callback_metrics.get("val/tau", float("nan"))),
+        tau_before=module.tau_before,
+        tau_after=module.tau_after,
         steps=trainer.global_step,
         tokens=module.tokens_seen,
         seconds=dict(module.clock.seconds),
@@ -145,7 +149,7 @@ def _advise(config: DictConfig) -> None:
 
 
 def check_refresh(config: DictConfig, rollout: Rollout) -> None:
-    """Refuse a rollout, texts, anchors and a schedule that do not go together.
+    """Refuse a rollout, texts, anchors and a schedule that do not go together, and numbers out of range.
 
     Raises:
         ConfigError: saying what would have no effect, and what to choose instead.
@@ -162,10 +166,14 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
             f"rollout=speculative decodes its texts itself, so {given[0]} would have no effect: "
             "use rollout=decode_free, or rollout=target for SFT."
         )
-    for name, least in (("every_n_epochs", 0), ("every_n_steps", 1)):
-        value = schedule[name]
-        if not (value is None and name == "every_n_steps") and (type(value) is not int or value < least):
-            raise ConfigError(f"refresh.{name} must be a whole number, {least} or more, found {value!r}.")
+    numbers = {
+        "refresh.every_n_epochs": (schedule.every_n_epochs, 0),
+        "refresh.every_n_steps": (1 if schedule.every_n_steps is None else schedule.every_n_steps, 1),
+        "checkpoint.every_n_steps": (config.checkpoint.every_n_steps, 1),
+    }
+    for name, (value, least) in numbers.items():
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{name} must be a whole number, {least} or more, found {value!r}.")
     if schedule.every_n_steps is None:
         return
     if rollout.walker is None:
@@ -202,12 +210,12 @@ def check_sharding(config: DictConfig) -> None:
 
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
     where = directory / "checkpoints"
-    # Two callbacks: one that keeps the best would renew its `last` only when the best is renewed.
     best = ModelCheckpoint(dirpath=where, filename="best", monitor="val/tau", mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(
-        dirpath=where, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )  # fmt: skip
+    last = LastCheckpoint(where / "last.ckpt", config.checkpoint.every_n_steps)
     options: dict[str, Any] = {"callbacks": [best, last, *callbacks], "default_root_dir": str(directory)}
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing keeps a checkpoint in the middle of a step.
+        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
         options["callbacks"].append(LearningRateMonitor("step"))

@@ -111,17 +111,15 @@ class ReplayLoader(DataLoader[Recorded]):
         self.renew, self.renew_every = renew, renew_every
         self.pack_to = pack_to
         self._served = 0
-        self._skip = 0
+        self._restored: dict[str, Any] | None = None
         self._renewed: dict[int, list[Recorded]] = {}  # by the batch's place in the epoch
 
     def __iter__(self) -> Iterator[ReplayBatch]:  # type: ignore[override]
         buffer = self.replays.open()
         self.order.lengths = buffer.lengths
-        skip, self._skip = self._skip, 0
-        self._served = skip
-        if not skip:
-            self._renewed = {}
         batches = list(self.order)
+        skip, self._renewed = self._put_back(buffer, batches)
+        self._served = skip
         for place, indices in enumerate(batches):
             if place < skip:
                 continue
@@ -169,21 +167,27 @@ class ReplayLoader(DataLoader[Recorded]):
         return {"served": self._served, "renewed": renewed, "ranks": self.order.ranks}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Taken up when the epoch is known: at the first batch.
+        self._restored = state
+
+    def _put_back(self, buffer: AnchorBuffer, batches: list[list[int]]) -> tuple[int, dict[int, list[Recorded]]]:
+        """How many of the epoch's batches a checkpoint had seen served, and the anchors it held for later ones."""
+        state, self._restored = self._restored, None
         # An epoch that was served whole is over: the trainer goes on with the next.
-        self._skip = state["served"] if state["served"] < len(self.order) else 0
+        if state is None or state["served"] >= len(batches):
+            return 0, {}
+        renewed = {}
         # A checkpoint holds the first rank's anchors only. Of several ranks all find theirs anew, since a target in
         # shares is only read by all.
-        if state["renewed"] and state.get("ranks") == self.order.ranks == 1:
-            buffer = self.replays.open()
-            self.order.lengths = buffer.lengths
-            batches = list(self.order)
-            self._renewed = {
+        if state.get("ranks") == self.order.ranks == 1:
+            renewed = {
                 place: [
                     replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
                     for i, (anchors, accepted, emitted, step) in zip(batches[place], columns, strict=True)
                 ]
                 for place, columns in state["renewed"].items()
             }
+        return state["served"], renewed
 
 
 class ReplayDataModule(L.LightningDataModule):
@@ -242,6 +246,8 @@ class ReplayDataModule(L.LightningDataModule):
         #: See :class:`ReplayLoader`; set by the refresh callback where anchors are renewed within an epoch.
         self.renew: Renew | None = None
         self.renew_every = 0
+        self._loader: ReplayLoader | None = None
+        self._restored: dict[str, Any] = {}
 
     def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int = 0) -> None:
         """Give it the target's tokenizer and the run's buffer directory; before fitting also the proposals a block."""
@@ -265,7 +271,18 @@ class ReplayDataModule(L.LightningDataModule):
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
         dataset = ReplayDataset(self.buffer_root)
-        return ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
+        self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
+        if self._restored:
+            self._loader.load_state_dict(self._restored)
+        return self._loader
+
+    # Lightning restores the loader's state by itself only if nothing asked for the loader before; the optimizer's
+    # schedule does, to know the number of steps.
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict() if self._loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
 
     @property
     def policy(self) -> AnchorPolicy:
