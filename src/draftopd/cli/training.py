@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 import warnings
@@ -23,11 +22,13 @@ from transformers import PreTrainedTokenizerBase
 from draftopd.callbacks.draft_viewer import DraftViewer
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
+from draftopd.checkpoints import CheckpointFiles, newest_whole
 from draftopd.cli.record import write_record
-from draftopd.cli.report import TrainingReport, print_report
+from draftopd.cli.report import FORMAT, TrainingReport, print_report
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
+from draftopd.files import write_json
 from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
@@ -77,8 +78,8 @@ def run(config: DictConfig) -> TrainingReport:
     if trainer.is_global_zero:
         write_record(directory, config)
 
-    resume = directory / "checkpoints" / "last.ckpt"
-    resumed = resume.exists()
+    resume = newest_whole(directory / "checkpoints")
+    resumed = resume is not None
     before = float("nan")
     if resumed:
         if trainer.is_global_zero:
@@ -103,7 +104,7 @@ def run(config: DictConfig) -> TrainingReport:
         directory=str(directory),
     )
     if trainer.is_global_zero:
-        (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
         print_report(report)
     return report
 
@@ -207,7 +208,9 @@ def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.T
     last = ModelCheckpoint(
         dirpath=where, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
     )  # fmt: skip
-    options: dict[str, Any] = {"callbacks": [best, last, *callbacks], "default_root_dir": str(directory)}
+    options: dict[str, Any] = {
+        "callbacks": [best, last, *callbacks], "plugins": [CheckpointFiles()], "default_root_dir": str(directory)
+    }  # fmt: skip
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
         options["callbacks"].append(LearningRateMonitor("step"))

@@ -113,6 +113,7 @@ class ReplayLoader(DataLoader[Recorded]):
         self._served = 0
         self._skip = 0
         self._renewed: dict[int, list[Recorded]] = {}  # by the batch's place in the epoch
+        self._kept: dict[str, Any] | None = None  # of a checkpoint, until the buffer is open
 
     def __iter__(self) -> Iterator[ReplayBatch]:  # type: ignore[override]
         buffer = self.replays.open()
@@ -122,6 +123,16 @@ class ReplayLoader(DataLoader[Recorded]):
         if not skip:
             self._renewed = {}
         batches = list(self.order)
+        kept, self._kept = self._kept, None
+        # Another rollout took the place of the one whose anchors these are: its sequences get theirs anew.
+        if kept is not None and kept.get("buffer") == self._of_the_buffer():
+            self._renewed = {
+                place: [
+                    replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
+                    for i, (anchors, accepted, emitted, step) in zip(batches[place], columns, strict=True)
+                ]
+                for place, columns in kept["renewed"].items()
+            }
         for place, indices in enumerate(batches):
             if place < skip:
                 continue
@@ -166,7 +177,12 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"served": self._served, "renewed": renewed, "ranks": self.order.ranks}
+        return {
+            "served": self._served,
+            "renewed": renewed,
+            "ranks": self.order.ranks,
+            "buffer": self._of_the_buffer(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # An epoch that was served whole is over: the trainer goes on with the next.
@@ -174,16 +190,12 @@ class ReplayLoader(DataLoader[Recorded]):
         # A checkpoint holds the first rank's anchors only. Of several ranks all find theirs anew, since a target in
         # shares is only read by all.
         if state["renewed"] and state.get("ranks") == self.order.ranks == 1:
-            buffer = self.replays.open()
-            self.order.lengths = buffer.lengths
-            batches = list(self.order)
-            self._renewed = {
-                place: [
-                    replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
-                    for i, (anchors, accepted, emitted, step) in zip(batches[place], columns, strict=True)
-                ]
-                for place, columns in state["renewed"].items()
-            }
+            self._kept = state
+
+    def _of_the_buffer(self) -> list[int] | None:
+        """Generation and step of the rollout that is open."""
+        buffer = self.replays.buffer
+        return None if buffer is None else [buffer.manifest.generation, buffer.manifest.step]
 
 
 class ReplayDataModule(L.LightningDataModule):
