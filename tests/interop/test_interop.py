@@ -18,7 +18,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.load import load_drafter
-from draftopd.errors import DrafterError, TargetError
+from draftopd.errors import DrafterError, FileError, TargetError
 from draftopd.interop.__main__ import main, read_training_checkpoint
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
@@ -142,6 +142,7 @@ def test_tensors_that_do_not_fit(change: Callable, message: str, exported: Path,
     tensors = load_file(exported / "model.safetensors")
     change(tensors)
     save_file(tensors, exported / "model.safetensors")
+    (exported / "checksums.json").unlink()
     with pytest.raises(DrafterError, match=message):
         read_speculators(exported, files)
 
@@ -196,6 +197,7 @@ class TestEagle3:
     def tensors(self, public: Path, **changes: torch.Tensor | None) -> None:
         tensors = load_file(public / "model.safetensors") | changes
         save_file({k: v for k, v in tensors.items() if v is not None}, public / "model.safetensors")
+        (public / "checksums.json").unlink()
 
     def test_layers_as_each_engine_counts_them(self, public: Path) -> None:
         raw = json.loads((public / "config.json").read_text())
@@ -307,10 +309,10 @@ def test_a_running_trainings_checkpoint(
 def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "last.ckpt"
     path.write_bytes(content)
-    with pytest.raises(DrafterError, match="no checkpoint of a training run"):
+    with pytest.raises(FileError, match="no checkpoint of a training run"):
         read_training_checkpoint(path)
     torch.save({"state_dict": {}}, path)
-    with pytest.raises(DrafterError, match="no checkpoint of a training run"):
+    with pytest.raises(FileError, match="no checkpoint of a training run"):
         read_training_checkpoint(path)
 
 
@@ -342,3 +344,24 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written"):
         main(["export", "bundled:tiny_dflash", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", 3])
+def test_an_index_that_names_other_places(name: object, target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "target"
+    place.mkdir()
+    (place / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
+    weights = (target_dirs["llama"] / "model.safetensors").read_bytes()
+    (tmp_path / "elsewhere.safetensors").write_bytes(weights)
+    index = {"weight_map": {"model.embed_tokens.weight": name}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TargetError, match="lies outside of it|names no file"):
+        TargetFiles(str(place)).embedding()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', "{"])
+def test_an_index_that_is_none(content: str, target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(TargetError, match="cannot be read"):
+        TargetFiles(str(tmp_path)).embedding()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 import warnings
@@ -26,11 +25,13 @@ from draftopd.callbacks.draft_viewer import DraftViewer
 from draftopd.callbacks.last_checkpoint import LastCheckpoint
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
+from draftopd.checkpoints import CheckpointFiles, newest_whole
 from draftopd.cli.record import write_record
-from draftopd.cli.report import TrainingReport, print_report
+from draftopd.cli.report import FORMAT, TrainingReport, print_report
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
+from draftopd.files import write_json
 from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
@@ -80,8 +81,8 @@ def run(config: DictConfig) -> TrainingReport:
     if trainer.is_global_zero:
         write_record(directory, config)
 
-    resume = directory / "checkpoints" / "last.ckpt"
-    resumed = resume.exists()
+    resume = newest_whole(directory / "checkpoints")
+    resumed = resume is not None
     if resumed:
         if trainer.is_global_zero:
             print(f"Continuing from {resume}")
@@ -107,7 +108,7 @@ def run(config: DictConfig) -> TrainingReport:
         directory=str(directory),
     )
     if trainer.is_global_zero:
-        (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
         print_report(report)
     return report
 
@@ -212,10 +213,13 @@ def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.T
     where = directory / "checkpoints"
     best = ModelCheckpoint(dirpath=where, filename="best", monitor="val/tau", mode="max", enable_version_counter=False)
     last = LastCheckpoint(where / "last.ckpt", config.checkpoint.every_n_steps)
-    options: dict[str, Any] = {"callbacks": [best, last, *callbacks], "default_root_dir": str(directory)}
+    plugins: list[Any] = [CheckpointFiles()]
     if SLURMEnvironment.detect():
         # Lightning's own requeueing keeps a checkpoint in the middle of a step.
-        options["plugins"] = [SLURMEnvironment(auto_requeue=False)]
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    options: dict[str, Any] = {
+        "callbacks": [best, last, *callbacks], "plugins": plugins, "default_root_dir": str(directory)
+    }  # fmt: skip
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
         options["callbacks"].append(LearningRateMonitor("step"))

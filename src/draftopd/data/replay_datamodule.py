@@ -164,7 +164,12 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"served": self._served, "renewed": renewed, "ranks": self.order.ranks}
+        return {
+            "served": self._served,
+            "renewed": renewed,
+            "ranks": self.order.ranks,
+            "buffer": self._of_the_buffer(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         # Taken up when the epoch is known: at the first batch.
@@ -178,8 +183,8 @@ class ReplayLoader(DataLoader[Recorded]):
             return 0, {}
         renewed = {}
         # A checkpoint holds the first rank's anchors only. Of several ranks all find theirs anew, since a target in
-        # shares is only read by all.
-        if state.get("ranks") == self.order.ranks == 1:
+        # shares is only read by all; and so do the sequences of a rollout that took the place of another.
+        if state.get("ranks") == self.order.ranks == 1 and state.get("buffer") == self._of_the_buffer():
             renewed = {
                 place: [
                     replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
@@ -188,6 +193,11 @@ class ReplayLoader(DataLoader[Recorded]):
                 for place, columns in state["renewed"].items()
             }
         return state["served"], renewed
+
+    def _of_the_buffer(self) -> list[int] | None:
+        """Generation and step of the rollout that is open."""
+        buffer = self.replays.buffer
+        return None if buffer is None else [buffer.manifest.generation, buffer.manifest.step]
 
 
 class ReplayDataModule(L.LightningDataModule):

@@ -13,12 +13,12 @@ training checkpoint can be exported while training goes on.
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 
+from draftopd import checkpoints
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -35,14 +35,10 @@ def read_training_checkpoint(path: Path) -> Drafter:
     """The drafter of a training run's ``.ckpt``, in float32.
 
     Raises:
-        DrafterError: if the file is no such checkpoint, or damaged.
+        FileError: if the file is no such checkpoint, or damaged.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        described, weights = checkpoint["drafter"], checkpoint["state_dict"]
-    except (OSError, RuntimeError, pickle.UnpicklingError, KeyError, EOFError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise DrafterError(f"{path} is no checkpoint of a training run, or damaged: {reason}") from error
+    checkpoint = checkpoints.read(path)
+    described, weights = checkpoint["drafter"], checkpoint["state_dict"]
     tensors = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
     return assemble(described, tensors, str(path))
 

@@ -10,7 +10,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from draftopd.errors import TargetError
+from draftopd.errors import FileError, TargetError
+from draftopd.files import inside
 from draftopd.targets.hub import local_only, resolve, unavailable
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -57,11 +58,11 @@ class TargetFiles:
         try:
             index = self._file(_INDEX, needed=False)
             if index is not None:
-                places = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
+                places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
             else:
                 with safe_open(self._file(_WHOLE), framework="pt") as file:
                     places = dict.fromkeys(file.keys(), _WHOLE)
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (SafetensorError, ValueError, KeyError, TypeError) as error:
             raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
         return {name: place for name, place in places.items() if name.endswith(ending)}
 
@@ -71,9 +72,10 @@ class TargetFiles:
             raise TargetError(f"{self.path} has {len(found)} tensors named *{ending}, expected one.")
         ((name, place),) = found.items()
         try:
+            inside(Path(self.path), place)
             with safe_open(self._file(place), framework="pt") as file:
                 return file.get_tensor(name)
-        except SafetensorError as error:
+        except (SafetensorError, FileError) as error:
             raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
 
     def _file(self, name: str, needed: bool = True) -> Any:

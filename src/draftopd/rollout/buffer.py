@@ -9,7 +9,6 @@ is removed only then. Reading maps one shard at a time, so memory does not grow 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -21,11 +20,11 @@ from types import TracebackType
 
 from safetensors import SafetensorError
 
-from draftopd.errors import BufferError
-from draftopd.files import replaced
-from draftopd.rollout.shards import Shard, checksum, disk, write_shard
+from draftopd.errors import BufferError, FileError
+from draftopd.files import checksum, inside, read_json, sync, write_json
+from draftopd.rollout.shards import Shard, disk, write_shard
 
-FORMAT = 2
+FORMAT = 3
 _COLUMNS = ("tokens", "anchors", "accepted", "emitted")
 
 
@@ -55,7 +54,6 @@ class Manifest:
     blocks: int
     emitted: int
     shards: dict[str, int]
-    format: int = FORMAT
 
     @property
     def tau(self) -> float:
@@ -143,11 +141,11 @@ class BufferWriter:
                 counts["blocks"] += shard.offsets("anchors")[-1]
                 counts["emitted"] += int(shard.column("emitted").sum())
             manifest = Manifest(self.generation, self.step, shards={p.name: checksum(p) for p in paths}, **counts)
-            with replaced(self.partial / "manifest.json") as partial:
-                partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+            write_json(self.partial / "manifest.json", asdict(manifest), FORMAT)
             final = _directory(self.root, self.generation)
             shutil.rmtree(final, ignore_errors=True)
             self.partial.rename(final)
+            sync(self.root)
             for other in self.root.glob("generation-*"):
                 if other != final:
                     shutil.rmtree(other, ignore_errors=True)
@@ -166,7 +164,10 @@ class AnchorBuffer:
         self._places: list[tuple[Shard, int]] = []
         self.lengths: list[int] = []
         for name, expected in self.manifest.shards.items():
-            path = self.directory / name
+            try:
+                path = inside(self.directory, name)
+            except FileError as error:
+                raise BufferError(f"{error} Delete {self.directory} and roll out again.") from error
             try:
                 if checksum(path) != expected:
                     raise BufferError(
@@ -174,7 +175,7 @@ class AnchorBuffer:
                     )
                 shard = Shard(path)
                 ends = shard.offsets("tokens")
-            except (OSError, SafetensorError, KeyError) as error:
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise BufferError(
                     f"{path} cannot be read ({error}): delete {self.directory} and roll out again."
                 ) from error
@@ -206,16 +207,12 @@ def read_manifest(directory: Path) -> Manifest:
         BufferError: if it is absent, unreadable or of another format.
     """
     try:
-        raw = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
-        manifest = Manifest(**raw)
-    except (OSError, ValueError, TypeError) as error:
+        manifest = Manifest(**read_json(directory / "manifest.json", FORMAT))
+        manifest.shards.items()
+    except (FileError, TypeError, AttributeError) as error:
         raise BufferError(
-            f"{directory} is no anchor buffer generation: {error}. Delete it and roll out again."
+            f"{directory} is no whole anchor buffer generation: {error} Delete it and roll out again."
         ) from error
-    if manifest.format != FORMAT:
-        raise BufferError(
-            f"{directory} has buffer format {manifest.format}, this version reads {FORMAT}: roll out again."
-        )
     return manifest
 
 
