@@ -206,10 +206,7 @@ class Teacher:
 
         def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
             with torch.no_grad():
-                logits = blocks.teacher_logits(states)
-                if self.temperature != 1:
-                    logits = logits / self.temperature
-                log_p = logits.log_softmax(-1).clamp_(min=LEAST_LOG_P)
+                log_p = self._divided(blocks.teacher_logits(states)).log_softmax(-1).clamp_(min=LEAST_LOG_P)
                 if self.top_k is not None:
                     log_p, mass = keep_top_k(log_p, self.top_k)
                     if self._counting:
@@ -225,6 +222,9 @@ class Teacher:
             return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
         finally:
             self._counting = False
+
+    def _divided(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def report(self) -> dict[str, Tensor]:
         """The approximation's error since the last report: the mean mass outside the top k."""
