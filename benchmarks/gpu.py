@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py
     python benchmarks/gpu.py --parts checks decode --targets qwen3_4b
-    python benchmarks/gpu.py --device cpu --small --results /tmp/gpu.json    # the same walk over tiny shapes
+    python benchmarks/gpu.py --device cpu --small --results small.json    # the same walk over tiny shapes
 
 Targets have the shapes of Qwen3-4B and 8B and random weights, drawn on the GPU in bfloat16; nothing is downloaded.
 

@@ -69,7 +69,9 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(f"Stopped. {CONTINUES}")
     except SystemExit as error:
-        if type(error).__name__ != "SIGTERMException":  # Lightning's
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        if not isinstance(error, SIGTERMException):
             raise
         print(f"Stopped by SIGTERM. {CONTINUES}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

@@ -43,8 +43,8 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         DrafterError: if one is missing or damaged.
     """
     try:
-        raw = json.loads((directory / "config.json").read_text(encoding="utf-8"))
-        tensors = load_file(directory / "model.safetensors")
+        raw = json.loads((directory / _CONFIG).read_text(encoding="utf-8"))
+        tensors = load_file(directory / _WEIGHTS)
         _compare(directory)
     except FileNotFoundError as error:
         raise DrafterError(

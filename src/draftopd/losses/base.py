@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from draftopd import ranks
+from draftopd.decoding.sampling import LEAST_TEMPERATURE
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
@@ -40,8 +41,6 @@ Stream = Literal["accepted", "rejected"]
 #: is then 0, and a drafter that proposes it pays a finite reverse KL. Logits within 1e4 of one another come to no such
 #: number unless divided by a temperature below 0.01.
 LEAST_LOG_P = -1e6
-#: Below this a temperature is 0 in all but name, and float32 logits overflow when divided by it.
-LEAST_TEMPERATURE = 1e-6
 
 
 class Loss(ABC):
