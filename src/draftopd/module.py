@@ -26,7 +26,7 @@ from draftopd.errors import ConfigError
 from draftopd.interruption import ends_at_once
 from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
-from draftopd.metrics.acceptance_length import AcceptanceLength
+from draftopd.metrics.acceptance_length import AcceptanceLength, acceptance_length
 from draftopd.metrics.agreement import Agreement, slot_agreement
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
@@ -69,11 +69,12 @@ class DraftModule(L.LightningModule):
         compiled: decode through torch.compile in validation.
         activation_checkpointing, attention: see :class:`~draftopd.drafters.base.Drafter`.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
+        count_flops: count what target, drafter and rollouts multiply; costs time, and compiled decoding is not counted.
         max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; more than these end the run.
         keep_nonfinite: how many of their batches, the newest, are kept in the run directory, a rank.
 
     Raises:
-        ConfigError: if one of the last two is negative.
+        ConfigError: if one of the last two is negative, or compiled decoding is to be counted.
     """
 
     def __init__(
@@ -95,12 +96,15 @@ class DraftModule(L.LightningModule):
         seed: int = 0,
         compiled: bool = False,
         fresh: FreshAnchors | None = None,
+        count_flops: bool = False,
         max_skipped_in_a_row: int = 10,
         keep_nonfinite: int = 3,
     ) -> None:
         super().__init__()
         if keep_nonfinite < 0:
             raise ConfigError(f"module.keep_nonfinite must be 0 or more, found {keep_nonfinite}.")
+        if count_flops and compiled:
+            raise ConfigError("module.count_flops=true cannot look into compiled decoding: leave compiled=true out.")
         self.skips, self.keep_nonfinite = Skips(max_skipped_in_a_row), keep_nonfinite
         drafter.check_fits(target)
         self._frozen = (target.tap(drafter.target_layer_ids),)
@@ -111,7 +115,7 @@ class DraftModule(L.LightningModule):
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
         self.warmup, self.final_rate = warmup, final_rate
         self.max_new_tokens, self.seed, self.fresh, self.compiled = max_new_tokens, seed, fresh, compiled
-        self.clock = Stopwatch()
+        self.clock = Stopwatch(count_flops)
         self.tokens_seen = 0
         #: Seconds of rollouts and steps, validation left out; set at each validation.
         self.training_seconds = 0.0
@@ -121,6 +125,8 @@ class DraftModule(L.LightningModule):
         self._step = _Step()
         #: Held-out micro tau before training and at the last validation; NaN where there was none.
         self.tau_before = self.tau_after = float("nan")
+        #: Emitted tokens a block of every prompt that was tested, by its place among them.
+        self.tested: dict[int, list[int]] = {}
         slots = drafter.num_proposals
         self.agreement = Agreement()
         self.by_entropy = EntropyAcceptance()
@@ -166,6 +172,10 @@ class DraftModule(L.LightningModule):
             output = self.loss(blocks)
         self._note(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
         return output.loss
+
+    def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
+        with self.clock("backward"):
+            super().backward(loss, *args, **kwargs)
 
     def _note(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
         """Add a micro-batch's figures to the step's, on the device; by streams where proposals are known."""
@@ -240,12 +250,29 @@ class DraftModule(L.LightningModule):
         logged["skipped_steps"] = float(self.skips.total)
         if "_accepted" in figures:
             logged["accepted_length"] = figures["_accepted"] / max(1.0, figures["_slots"])
+        if self.clock.counts:
+            logged |= {f"flops/{part}": spent for part, spent in self.flops().items()}
         if self.fresh:
             logged["anchor_age"] = 0.0
         elif figures["_aged"]:
             logged["anchor_age"] = self.global_step - figures["_made_at"] / figures["_aged"]
         self.log_dict({f"train/{k}": v for k, v in logged.items()})
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
+
+    def flops(self) -> dict[str, float]:
+        """Floating-point operations so far, of this process; none where they are not counted.
+
+        ``drafter`` holds loss and backward pass too, ``rollout`` the walks that renew anchors; validation is left out.
+        """
+        if not self.clock.counts:
+            return {}
+        spent = self.clock.operations
+        parts = {
+            "target": spent["target"],
+            "drafter": spent["drafter"] + spent["loss"] + spent["backward"],
+            "rollout": spent["rollout"] + spent["walk"],
+        }
+        return parts | {"total": sum(parts.values())}
 
     def _measure(self, blocks: Blocks) -> None:
         """Log how target and drafter compare on the drafter's own tokens."""
@@ -319,6 +346,23 @@ class DraftModule(L.LightningModule):
             if not math.isnan(rate):
                 self.log(f"val/acceptance_position_{slot}", rate)
 
+    def on_test_epoch_start(self) -> None:
+        self.tested = {}
+        self._validating.enter_context(self.decoding())
+
+    def test_step(self, batch: list[tuple[int, list[int]]], batch_idx: int) -> None:
+        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
+        with ends_at_once():
+            decoded = self.decoder().decode_batch([prompt for _, prompt in batch], generator)
+        self.tested |= {place: d.emitted for (place, _), d in zip(batch, decoded, strict=True)}
+
+    def on_test_epoch_end(self) -> None:
+        self.end_of_decoding()
+        parts = ranks.gathered(self.tested)
+        self.tested = {place: emitted for part in parts for place, emitted in part.items()}
+        micro, macro = acceptance_length(list(self.tested.values()))
+        self.log_dict({"test/tau": micro, "test/tau_macro": macro}, rank_zero_only=True)
+
     def decoder(self) -> Decoder:
         """Speculative decoding with the drafter as it is now."""
         return Decoder(
@@ -345,6 +389,7 @@ class DraftModule(L.LightningModule):
         checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)
+        checkpoint["operations"] = dict(self.clock.operations)
         checkpoint["training_seconds"] = self.training_seconds
         checkpoint["skipped_steps"] = self.skips.state()
         checkpoint["tau"] = (self.tau_before, self.tau_after)
@@ -352,6 +397,7 @@ class DraftModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.seconds.update(checkpoint["seconds"])
+        self.clock.operations.update(checkpoint.get("operations", {}))
         self.training_seconds = checkpoint["training_seconds"]
         # Absent in checkpoints of earlier versions.
         self.skips.restore(checkpoint.get("skipped_steps", self.skips.state()))

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import os
+from typing import Any, TypeVar
 
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+
+_T = TypeVar("_T")
 
 
 def count() -> int:
@@ -27,6 +30,15 @@ def total(value: Tensor) -> Tensor:
     summed = value.detach().clone()
     dist.all_reduce(summed)
     return summed
+
+
+def gathered(value: _T) -> list[_T]:
+    """Every rank's value, by rank; every rank must call it."""
+    if count() == 1:
+        return [value]
+    values: list[Any] = [None] * count()
+    dist.all_gather_object(values, value)
+    return values
 
 
 def mean(value: Tensor) -> Tensor:

@@ -19,9 +19,12 @@ from tests.faults import flip, flip_weights
 
 from draftopd.cli.report import FORMAT
 from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.evaluation.runs import find, rows
 from draftopd.files import locked, read_json
+from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.rollout.buffer import AnchorBuffer
 
+COUNTED = ("module.count_flops=true", "data.test_count=5")
 DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 
 
@@ -30,8 +33,9 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chat_targets: dict[str, s
     """A finished Draft-OPD run on a small random Qwen3."""
     directory = tmp_path_factory.mktemp("run")
     done = script(
-        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, f"hydra.run.dir={directory}"
-    )
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COUNTED,
+        f"hydra.run.dir={directory}",
+    )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Training report" in done.stdout and "held-out tau before" in done.stdout
     return directory
@@ -46,7 +50,27 @@ def test_a_run_leaves_everything(finished: Path) -> None:
     assert record["seed"] == 0 and record["versions"]["torch"] and record["config"]["loss"]["gamma"] > 0
     report = json.loads((finished / "report.json").read_text())
     assert report["steps"] == 4 and report["tokens"] > 0
-    assert {"rollout", "target", "drafter", "loss"} <= report["seconds"].keys()
+    assert {"rollout", "target", "drafter", "loss", "backward"} <= report["seconds"].keys()
+
+
+def test_operations_and_test_prompts_are_reported(finished: Path) -> None:
+    (run,) = find([finished])
+    spent = run.report["flops"]
+    assert min(spent.values()) > 0 and spent["total"] == sum(spent.values()) - spent["total"]
+    assert run.report["test_tau"] == pytest.approx(acceptance_length(list(run.tested.values()))[0])
+    assert list(run.tested) == ["0", "1", "2", "3", "4"] and all(sum(blocks) == 12 for blocks in run.tested.values())
+    (row,) = rows([run])
+    assert row["steps"] == 4 and row["test_tokens"] == 60 and row["gflop_total"] > 0
+
+
+def test_a_finished_run_is_not_run_again(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
+    before = (finished / "report.json").read_bytes()
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COUNTED,
+        f"hydra.run.dir={finished}",
+    )  # fmt: skip
+    assert done.returncode == 0 and "This run has ended before" in done.stdout
+    assert (finished / "report.json").read_bytes() == before
 
 
 def test_the_target_is_in_no_checkpoint(finished: Path) -> None:

@@ -32,11 +32,16 @@ def describe(config: DictConfig) -> dict[str, Any]:
     }
 
 
+def composed(config: DictConfig) -> str:
+    """The text of ``config.yaml``."""
+    return OmegaConf.to_yaml(config, resolve=True)
+
+
 def write_record(directory: Path, config: DictConfig) -> None:
     """Write ``config.yaml`` (composed, resolved) and ``run.json`` beside the checkpoint."""
     directory.mkdir(parents=True, exist_ok=True)
     with replaced(directory / "config.yaml") as partial:
-        partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
+        partial.write_text(composed(config), encoding="utf-8")
     write_json(directory / "run.json", describe(config), FORMAT)
 
 

@@ -10,7 +10,9 @@ from rich.console import Console
 from rich.table import Table
 
 #: Of ``report.json``.
-FORMAT = 1
+FORMAT = 2
+#: Of ``test.json``: ``emitted``, by the test prompt's place, the tokens of each of its blocks.
+TESTED_FORMAT = 1
 
 
 @dataclass(frozen=True)
@@ -24,6 +26,10 @@ class TrainingReport:
     seconds: dict[str, float]
     total_seconds: float
     directory: str
+    #: Operations counted, by part; empty where they were not.
+    flops: dict[str, float]
+    #: Held-out micro tau of the test prompts; NaN where none were tested.
+    test_tau: float
 
 
 def print_report(report: TrainingReport) -> None:
@@ -34,11 +40,15 @@ def print_report(report: TrainingReport) -> None:
         table.add_row("held-out tau after", f"{report.tau_after:.3f} ({change:+.1%})")
     else:
         table.add_row("held-out tau", f"{report.tau_after:.3f}")
+    if not math.isnan(report.test_tau):
+        table.add_row("test tau", f"{report.test_tau:.3f}")
     table.add_row("optimizer steps", f"{report.steps:,}")
     table.add_row("recorded tokens seen", f"{report.tokens:,}")
     other = report.total_seconds - sum(report.seconds.values())
-    for section, seconds in [*report.seconds.items(), ("backward, start-up, other", other)]:
+    for section, seconds in [*report.seconds.items(), ("start-up, other", other)]:
         table.add_row(f"time in {section}", f"{seconds:.1f} s")
+    for part, spent in report.flops.items():
+        table.add_row(f"operations, {part}", f"{spent / 1e12:.3f} TFLOP")
     table.add_row("time in all", f"{report.total_seconds:.1f} s")
     console = Console()
     console.print(table)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -26,12 +27,12 @@ from draftopd.callbacks.last_checkpoint import LastCheckpoint
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.checkpoints import CheckpointFiles, newest_whole
-from draftopd.cli.record import write_record
-from draftopd.cli.report import FORMAT, TrainingReport, print_report
+from draftopd.cli.record import composed, write_record
+from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
-from draftopd.errors import ConfigError
-from draftopd.files import write_json
+from draftopd.errors import ConfigError, FileError
+from draftopd.files import read_json, write_json
 from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
@@ -52,6 +53,11 @@ def run(config: DictConfig) -> TrainingReport:
     began = time.perf_counter()
     _quiet()
     directory = Path(HydraConfig.get().runtime.output_dir)
+    earlier = finished(directory, config)
+    if earlier is not None:
+        print("This run has ended before: nothing is left to do.")
+        print_report(earlier)
+        return earlier
     L.seed_everything(config.seed, verbose=False)
     rollout: Rollout = instantiate(config.rollout)
     check_refresh(config, rollout)
@@ -95,6 +101,9 @@ def run(config: DictConfig) -> TrainingReport:
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
+    test_tau = math.nan
+    if data.test_count:
+        test_tau = trainer.test(module, datamodule=data, verbose=False)[0]["test/tau"]
     tensors = whole_tensors(drafter)
     if trainer.is_global_zero:
         drafter.save(directory / "drafter", tensors=tensors)
@@ -106,11 +115,25 @@ def run(config: DictConfig) -> TrainingReport:
         seconds=dict(module.clock.seconds),
         total_seconds=time.perf_counter() - began,
         directory=str(directory),
+        flops=module.flops(),
+        test_tau=test_tau,
     )
     if trainer.is_global_zero:
+        if data.test_count:
+            emitted = {str(place): module.tested[place] for place in sorted(module.tested)}
+            write_json(directory / "test.json", {"emitted": emitted}, TESTED_FORMAT)
         write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
         print_report(report)
     return report
+
+
+def finished(directory: Path, config: DictConfig) -> TrainingReport | None:
+    """The report of a run that came to its end in this directory with this configuration, or None."""
+    try:
+        same = (directory / "config.yaml").read_text(encoding="utf-8") == composed(config)
+        return TrainingReport(**read_json(directory / "report.json", FORMAT)) if same else None
+    except (OSError, FileError):
+        return None
 
 
 def first_texts(

@@ -201,7 +201,7 @@ class ReplayLoader(DataLoader[Recorded]):
 
 
 class ReplayDataModule(L.LightningDataModule):
-    """Serves replay batches for training and held-out prompts for validation.
+    """Serves replay batches for training and held-out prompts for validation and the test after it.
 
     Args:
         train_prompts: prompts to roll out.
@@ -212,15 +212,17 @@ class ReplayDataModule(L.LightningDataModule):
         anchors: which anchors are replayed.
         anchors_per_sequence: at most so many of one sequence; None takes all.
         batches_per_epoch: default once through the generation.
-        validation_batch_size: prompts decoded together.
+        validation_batch_size: prompts decoded together, in validation and test.
         thinking: the chat template's thinking mode.
         max_prompt_tokens: longer prompts are left out.
         seed: of order and random anchors.
+        test_prompts: held-out prompts of which nothing is chosen, decoded once, after training.
+        test_count: how many; 0 tests nothing.
         pack_to: put several of a batch's sequences in a row, up to so many tokens a row, so that less of the batch is
             padding; each sees itself only. None gives each a row of its own.
 
     Raises:
-        ValueError: if ``pack_to`` is less than 1.
+        ValueError: if ``pack_to`` is less than 1, or prompts are to be tested and there are none.
     """
 
     def __init__(
@@ -238,12 +240,19 @@ class ReplayDataModule(L.LightningDataModule):
         max_prompt_tokens: int = 512,
         seed: int = 0,
         pack_to: int | None = None,
+        test_prompts: PromptSource | None = None,
+        test_count: int = 0,
     ) -> None:
         super().__init__()
+        if test_count < 0 or (test_count and test_prompts is None):
+            raise ValueError(f"data.test_count={test_count} needs data.test_prompts; 0 tests nothing.")
+        self.test_count = test_count
         if pack_to is not None and pack_to < 1:
             raise ValueError(f"pack_to must be 1 or more tokens a row, or null, found {pack_to}.")
         self.pack_to = pack_to
         self.sources = {"train": train_prompts, "validation": validation_prompts}
+        if test_prompts is not None:
+            self.sources["test"] = test_prompts
         self.prompts_per_refresh, self.validation_count = prompts_per_refresh, validation_count
         self.batch_size, self.validation_batch_size = batch_size, validation_batch_size
         self.anchors: AnchorChoice = anchors
@@ -301,7 +310,16 @@ class ReplayDataModule(L.LightningDataModule):
         return AnchorPolicy(self.anchors, self.anchors_per_sequence, self.slots)
 
     def val_dataloader(self) -> DataLoader[list[int]]:
+        return self._decoded([prompt for _, prompt in self._share("validation", self.validation_count)])
+
+    def test_dataloader(self) -> DataLoader[tuple[int, list[int]]]:
+        return self._decoded(self._share("test", self.test_count))
+
+    def _share(self, source: str, count: int) -> list[tuple[int, list[int]]]:
+        """This rank's part of the first prompts of a source, and their places among them."""
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        prompts = self.encoder.take(self.sources["validation"], range(self.validation_count))[rank::ranks]
+        return list(enumerate(self.encoder.take(self.sources[source], range(count))))[rank::ranks]
+
+    def _decoded(self, prompts: list[Any]) -> DataLoader[Any]:
         return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]

@@ -1,0 +1,222 @@
+"""Does Draft-OPD lift a drafter off the plateau of SFT? The paper's first figure, in the small, with controls.
+
+    python benchmarks/plateau.py                       # from the bundled drafter
+    python benchmarks/plateau.py --from-scratch        # from a drafter that SFT first takes to its plateau
+    python benchmarks/plateau.py --seeds 0 --epochs 2  # a look
+    python benchmarks/plateau.py --only-draw           # figure and table from the results kept
+
+Every arm goes on from the same SFT drafter on the same stream of new prompts (``configs/experiment/plateau``), with as
+many optimizer steps; then SFT and decode-free Draft-OPD once more with as many operations as Draft-OPD took, rollouts
+included. Each is tested once, at its end, on 500 held-out problems. A run that has ended is not run again, so the same
+command goes on where it was stopped. Results go to benchmarks/results/plateau.csv (a row a run) and plateau.json
+(curves, intervals, machine), the figure to docs/figures/plateau.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from machine import keep
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from draftopd.evaluation.plots import COLOURS
+from draftopd.evaluation.runs import Run, find, rows, write_csv
+from draftopd.evaluation.seeds import gain, tau
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+FIGURE = ROOT / "docs" / "figures" / "plateau.svg"
+
+ARMS = {"sft": "continued SFT", "opd": "Draft-OPD", "decode_free": "Draft-OPD, decode-free"}
+#: The arm whose operations the others are given.
+COMPUTE = "opd"
+CONTROL = "sft"
+
+
+def main() -> None:
+    options = parse()
+    if not options.only_draw:
+        given = [f"drafter.checkpoint={sft(options)}"] if options.from_scratch else []
+        start = f"{options.runs}/start"
+        train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], start, options)
+        jobs = [(arm, seed, options.epochs) for seed in options.seeds for arm in ARMS]
+        run_all(jobs, "steps", given, options)
+        epochs = equal_compute(options)
+        run_all([(arm, seed, epochs[arm]) for seed in options.seeds for arm in epochs], "compute", given, options)
+        write(options)
+    draw(json.loads((RESULTS / "plateau.json").read_text()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--epochs", type=int, default=10, help="of 32 optimizer steps, of every arm")
+    parser.add_argument("--runs", type=Path, default=Path("runs/plateau"))
+    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
+    parser.add_argument("--from-scratch", action="store_true")
+    parser.add_argument("--only-draw", action="store_true")
+    return parser.parse_args()
+
+
+def sft(options: argparse.Namespace) -> Path:
+    """The drafter that SFT has taken to its plateau."""
+    directory = options.runs.resolve() / "from_scratch"
+    train(["experiment=bundled_drafter"], str(directory), options, threads=os.cpu_count())
+    return directory / "drafter"
+
+
+def run_all(jobs: list[tuple[str, int, int]], kind: str, given: list[str], options: argparse.Namespace) -> None:
+    """Train arms side by side, each for its epochs, into ``runs/<equal what>/<arm>-<seed>``."""
+
+    def one(job: tuple[str, int, int]) -> None:
+        arm, seed, epochs = job
+        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs}", *given]
+        train(overrides, f"{options.runs}/{kind}/{arm}-{seed}", options)
+
+    with ThreadPoolExecutor(options.parallel) as pool:
+        list(pool.map(one, jobs))
+
+
+def train(overrides: list[str], directory: str, options: argparse.Namespace, threads: int | None = 1) -> None:
+    """A run in a process of its own; one that has ended there already is left as it is."""
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, "trainer.enable_progress_bar=false"]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={directory}"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    print(f"{directory}: {' '.join(overrides)}", flush=True)
+
+
+def equal_compute(options: argparse.Namespace) -> dict[str, int]:
+    """Epochs for the other arms that come to the operations of :data:`COMPUTE`."""
+    spent = {
+        arm: fmean(run.report["flops"]["total"] for run in runs_of(options, "steps", arm).values()) for arm in ARMS
+    }
+    return {arm: round(options.epochs * spent[COMPUTE] / spent[arm]) for arm in ARMS if arm != COMPUTE}
+
+
+def runs_of(options: argparse.Namespace, kind: str, arm: str) -> dict[int, Run]:
+    """An arm's runs by seed; those equal in compute of the arm that sets it are the ones equal in steps."""
+    kind = "steps" if arm == COMPUTE else kind
+    return {seed: find([options.runs / kind / f"{arm}-{seed}"])[0] for seed in options.seeds}
+
+
+def write(options: argparse.Namespace) -> None:
+    """Keep the tidy table, and curves and intervals."""
+    runs = find([options.runs / kind for kind in ("start", "steps", "compute")])
+    with (RESULTS / "plateau.csv").open("w", newline="", encoding="utf-8") as file:
+        write_csv(rows(runs), file)
+    (start,) = find([options.runs / "start"])
+    content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
+    for kind in ("steps", "compute"):
+        control = [run.tested for run in runs_of(options, kind, CONTROL).values()]
+        for arm in ARMS:
+            if kind == "compute" and arm == COMPUTE:
+                continue
+            of_arm = runs_of(options, kind, arm)
+            tested = [run.tested for run in of_arm.values()]
+            content["arms"].append({
+                "equal": kind, "arm": arm, "steps": fmean(run.report["steps"] for run in of_arm.values()),
+                "tflop": fmean(run.report["flops"]["total"] for run in of_arm.values()) / 1e12,
+                "tau_by_seed": {seed: tau([run.tested]).value for seed, run in of_arm.items()},
+                "tau": interval(tau(tested)), "over_start": interval(gain(tested, [start.tested])),
+                "over_control": None if arm == CONTROL else interval(gain(tested, control)),
+                "curves": [curve(run, start.report["tau_before"]) for run in of_arm.values()],
+            })  # fmt: skip
+            if arm == COMPUTE:
+                others = [run.tested for run in runs_of(options, "compute", CONTROL).values()]
+                content["arms"][-1]["over_control_at_equal_compute"] = interval(gain(tested, others))
+    keep(argparse.Namespace(**vars(options), results=RESULTS / "plateau.json"), content)
+
+
+def interval(found: Any) -> list[float]:
+    return [round(value, 5) for value in found]
+
+
+def curve(run: Run, began: float) -> list[tuple[int, float, float]]:
+    """Step, operations in TFLOP and validation tau: of the drafter that it began with, and at each validation."""
+    events = EventAccumulator(str(run.directory / "tensorboard"))
+    events.Reload()
+    spent = {event.step: event.value for event in events.Scalars("train/flops/total")}
+    points = [(0, 0.0, began)]
+    for event in events.Scalars("val/tau"):
+        points.append((event.step, spent[max(step for step in spent if step <= event.step)] / 1e12, event.value))
+    return points
+
+
+def draw(content: dict[str, Any]) -> None:
+    """Validation tau by steps and by operations, test tau with its intervals; and the table."""
+    figure = Figure(figsize=(9, 3.4), layout="constrained")
+    panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
+    left, middle, right = panels
+    for found in content["arms"]:
+        number = list(ARMS).index(found["arm"])
+        style = {"color": COLOURS[number], "label": ARMS[found["arm"]]}
+        if found["equal"] == "steps":
+            lines(left, found["curves"], 0, style)
+        if found["equal"] == "compute" or found["arm"] == COMPUTE:
+            lines(middle, found["curves"], 1, style)
+        value, low, high = found["tau"]
+        aside, marker = (0.15, "s") if found["equal"] == "compute" else (-0.15, "o")
+        right.errorbar(
+            number + aside, value, [[value - low], [high - value]], color=style["color"], marker=marker, capsize=3
+        )
+    for panel in panels:
+        panel.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
+        panel.spines[["top", "right"]].set_visible(False)
+    left.set(xlabel="optimizer steps", ylabel="tau, validation", title="equal steps")
+    middle.set(xlabel="TFLOP, rollouts included", title="equal compute")
+    right.set(ylabel="tau, test, 95 % interval", title="\u25cf steps   \u25a0 compute", xlim=(-0.5, len(ARMS) - 0.5))
+    right.set_xticks(range(len(ARMS)), ["SFT", "OPD", "decode-free"])
+    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
+    figure.savefig(FIGURE, metadata={"Date": None})
+    print(table(content))
+
+
+def lines(panel: Axes, curves: list[list[list[float]]], x: int, style: dict[str, Any]) -> None:
+    """Every seed's curve thin, their mean thick."""
+    for points in curves:
+        panel.plot([p[x] for p in points], [p[2] for p in points], color=style["color"], alpha=0.35, linewidth=0.8)
+    means = [[fmean(values) for values in zip(*same, strict=True)] for same in zip(*curves, strict=True)]
+    panel.plot([m[x] for m in means], [m[2] for m in means], marker="o", markersize=3, **style)
+
+
+def table(content: dict[str, Any]) -> str:
+    """The test taus in Markdown."""
+    lines = [
+        "| arm | equal | steps | TFLOP | tau by seed | tau [95 %] | over the start | over continued SFT |",
+        "|---|---|---:|---:|---|---:|---:|---:|",
+    ]
+    value, low, high = content["start"]
+    lines.append(f"| the SFT drafter | | 0 | 0 | | {value:.3f} [{low:.3f}, {high:.3f}] | | |")
+    for found in content["arms"]:
+        seeds = ", ".join(f"{value:.3f}" for value in found["tau_by_seed"].values())
+        value, low, high = found["tau"]
+        over = percent(found["over_control"])
+        if "over_control_at_equal_compute" in found:
+            over += f"; at equal compute {percent(found['over_control_at_equal_compute'])}"
+        lines.append(
+            f"| {ARMS[found['arm']]} | {found['equal']} | {found['steps']:.0f} | {found['tflop']:.1f} | {seeds} "
+            f"| {value:.3f} [{low:.3f}, {high:.3f}] | {percent(found['over_start'])} | {over} |"
+        )
+    return "\n".join(lines)
+
+
+def percent(found: list[float] | None) -> str:
+    return "" if found is None else f"{found[0]:+.1%} [{found[1]:+.1%}, {found[2]:+.1%}]"
+
+
+if __name__ == "__main__":
+    main()
