@@ -107,6 +107,13 @@ def test_commands_compose(script: str, name: str) -> None:
         check(OmegaConf.to_container(known, resolve=True))
 
 
+def test_links_of_files_outside_the_site() -> None:
+    """MkDocs looks after its own pages' links."""
+    for name in ("README.md", "CONTRIBUTING.md", "CHANGELOG.md"):
+        links = re.findall(r"\]\((?!http)([^)#\s]+)", (ROOT / name).read_text())
+        assert all((ROOT / link).exists() for link in links), links
+
+
 def code(page: str, first_line: str) -> dict[str, Any]:
     """What a page's Python block that begins so defines."""
     blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / page).read_text(), re.M | re.S)

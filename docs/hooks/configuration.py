@@ -198,9 +198,7 @@ def pages(configs: Path) -> dict[str, str]:
     built = {"configuration/index.md": _index(options)}
     for name in ("train", "eval"):
         option = next(o for o in options if not o.group and o.name == name)
-        command = f"`python {name}.py` composes this file with one option of each group that its defaults name."
-        body = _section(option, meanings, heading=False)
-        built[f"configuration/{name}.md"] = f"# {name}.yaml\n\n{command}\n\n{body}"
+        built[f"configuration/{name}.md"] = f"# {name}.yaml\n\n{_section(option, meanings, heading=False)}"
     for group, text in GROUPS.items():
         sections = [_section(o, meanings) for o in options if o.group == group]
         built[f"configuration/{group}.md"] = f"# {group}\n\n{text}\n\n" + "\n".join(sections)
@@ -254,7 +252,8 @@ def _section(option: Option, meanings: dict[tuple[str, str, str], str], heading:
         if not key.path.endswith("_target_")
     ]
     if rows:
-        parts.append("\n".join(["| key | default | |", "|---|---|---|", *rows]))
+        value = "value" if option.group == "experiment" else "default"
+        parts.append("\n".join([f"| key | {value} | |", "|---|---|---|", *rows]))
     return "\n\n".join(parts) + "\n"
 
 
@@ -268,10 +267,16 @@ def _link(entry: str, group: str) -> str:
 
 
 def _code(text: str) -> str:
-    """Code in a table's cell."""
-    return f"<code>{escape(text).replace('|', '&#124;')}</code>"
+    """Code in a table's cell; a dollar sign would begin a formula."""
+    return f"<code>{escape(text).replace('|', '&#124;').replace('$', '&#36;')}</code>"
 
 
 def _cell(text: str) -> str:
     """A comment in a table's cell: plain text, what looks like code or Markdown left as it is written."""
-    return escape(text, quote=False).replace("|", "&#124;").replace("*", "&#42;").replace("_", "&#95;")
+    return (
+        escape(text, quote=False)
+        .replace("|", "&#124;")
+        .replace("*", "&#42;")
+        .replace("_", "&#95;")
+        .replace("$", "&#36;")
+    )

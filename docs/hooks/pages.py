@@ -12,6 +12,7 @@ from typing import Any
 
 import configuration
 from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
 from mkdocs.structure.files import File, Files
 
 ROOT = Path(__file__).parents[2]
@@ -37,4 +38,7 @@ def on_page_content(html: str, **_: Any) -> str:
 
 
 def _mathml(tex: str, display: str) -> str:
-    return str(convert(unescape(tex).strip(), display=display))
+    made = str(convert(unescape(tex).strip(), display=display))
+    if "\\" in made:
+        raise PluginError(f"A command of the formula {tex} is not known to latex2mathml: write it otherwise.")
+    return made
