@@ -1,6 +1,7 @@
 # Each target also works by hand, in an environment of your own:
 #   pip install -e .           and  python train.py
 #   pip install -e '.[dev]'    and  pytest
+#   pip install -e '.[docs]'   and  mkdocs build
 #
 # Variables, as in `make train ARGS="loss=cross_entropy"`:
 #   ARGS         passed on to train.py or pytest
@@ -22,11 +23,12 @@ CPU_INDEX := https://download.pytorch.org/whl/cpu
 BIN := $(VENV)/bin
 RUN_STAMP := $(VENV)/.draftopd-run$(if $(EXTRAS),-$(EXTRAS))
 DEV_STAMP := $(VENV)/.draftopd-dev
+DOCS_STAMP := $(VENV)/.draftopd-docs
 
 .DEFAULT_GOAL := help
 # A half-made environment must not count as one.
 .DELETE_ON_ERROR:
-.PHONY: help train test lint typecheck format clean
+.PHONY: help train test lint typecheck format docs clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +52,12 @@ format: $(DEV_STAMP) ## Sort imports, apply safe fixes and format
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
 
+# The variable silences a notice of the theme's about other programs.
+docs: $(DOCS_STAMP) ## Install with the docs extra and build the documentation into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 clean: ## Remove caches and build outputs; runs and the environment stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -64,6 +70,9 @@ $(RUN_STAMP): pyproject.toml | $(BIN)/python
 $(DEV_STAMP): pyproject.toml | $(BIN)/python
 	$(call install,.[dev])
 	@touch $(VENV)/.draftopd-run
+
+$(DOCS_STAMP): pyproject.toml | $(BIN)/python
+	$(call install,.[docs])
 
 # An index that does not answer costs pip eight seconds and more for every package, so it is probed first.
 define install

@@ -11,6 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.generate import Decoded
 
+#: Style sheet of coloured texts.
 STYLE = """
 .draft { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; background: #fafafa; padding: 0.8rem; }
 .draft .block { border-left: 1px solid #bbb; padding-left: 1px; }
@@ -18,6 +19,7 @@ STYLE = """
 .draft .rejected { color: #a33; text-decoration: line-through; font-size: 0.85em; }
 """
 
+#: What their colours mean, as HTML.
 LEGEND = (
     '<p class="draft"><span class="accepted">accepted proposals</span> <span class="emitted">the target\'s own token: '
     'correction or bonus</span> <span class="rejected">rejected proposals</span>; a bar begins each block.</p>'

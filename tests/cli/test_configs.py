@@ -35,6 +35,17 @@ def test_rollouts_and_texts(group: str) -> None:
         assert set(config) - {"_target_"} == names and not open_ended, path.name
 
 
+def test_sft_takes_texts_from_every_source() -> None:
+    for source in ("plain", "server", "jsonl", "dataset"):
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            config = compose("train", ["experiment=sft", f"trajectories={source}"])
+        given = {"url": "x", "path": "x", "seed": 0, "store": "x", "compiled": False}
+        check(
+            {key: given.get(key, value) for key, value in config.trajectories.items_ex(resolve=False)}, "trajectories"
+        )
+        assert config.trajectories.get("drafted", False) is False
+
+
 @pytest.mark.parametrize(
     "change, message",
     [({"gama": 1.0}, "did you mean 'gamma'"), ({"gamma": "x"}, "loss.gamma='x' does not fit"), ({"bta": 1}, "'beta'")],

@@ -21,6 +21,13 @@ def test_a_large_target_needs_its_layers_sharded(capsys: pytest.CaptureFixture[s
     assert "layers sharded" in sharded and "\nFits: " in sharded
 
 
+def test_what_would_help_is_a_key_of_the_run(capsys: pytest.CaptureFixture[str]) -> None:
+    """Texts that trajectories= decodes have their batch size there."""
+    main(["experiment=sft", "target=qwen3_4b", "data=paper_mix", "max_new_tokens=4096"])
+    printed = capsys.readouterr().out
+    assert "  trajectories.batch_size=32: " in printed and "rollout.batch_size" not in printed
+
+
 @pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
 def test_other_drafters_and_texts_without_decoding(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
     main([f"drafter={drafter}", "rollout=decode_free", "refresh.every_n_steps=1", "plan.gpu=L4", "plan.tau=3"])

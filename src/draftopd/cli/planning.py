@@ -174,7 +174,7 @@ def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
     if isinstance(rollout, DecodeFreeRollout):
         walk = _decoding(config, rollout.batch_size, rollout, weight_bytes, weight_bytes)
     blocks = rollout.walker.blocks_at_once if rollout.walker else 0
-    return Texts(decoding, bool(here and source.drafted), walk, blocks, config.refresh.every_n_steps)
+    return Texts(decoding, bool(here and source.drafted), walk, blocks, config.refresh.every_n_steps, "trajectories")
 
 
 def _precision(name: str) -> tuple[int, int]:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +18,7 @@ from draftopd.errors import PromptError
 Messages = list[dict[str, str]]
 
 
+@runtime_checkable
 class PromptSource(Protocol):
     """Conversations by index; sources without an end serve any index, others start over."""
 

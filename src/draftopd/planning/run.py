@@ -21,6 +21,7 @@ class Texts:
         walk: how anchors are found on them without decoding; None: they are not.
         blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
         every_n_steps: steps between renewals of anchors within an epoch; None: none. 1: in the step itself.
+        decoded_by: the configuration group whose ``batch_size`` the decoding has.
     """
 
     decoding: Decoding | None
@@ -28,6 +29,7 @@ class Texts:
     walk: Decoding | None = None
     blocks_at_once: int = 0
     every_n_steps: int | None = None
+    decoded_by: str = "rollout"
 
 
 @dataclass(frozen=True)
@@ -153,7 +155,7 @@ class Run:
         if phase == "rollout" and texts.decoding and texts.decoding.rows > 1:
             rows = texts.decoding.rows // 2
             yield (
-                f"rollout.batch_size={rows}",
+                f"{texts.decoded_by}.batch_size={rows}",
                 replace(self, texts=replace(texts, decoding=replace(texts.decoding, rows=rows))),
             )
         if phase == "walk" and texts.walk and texts.walk.rows > 1:

@@ -30,7 +30,6 @@ class TargetSize:
         other_elements: embedding, LM head and norms, tied ones once.
         top_k, experts: experts of a token, and of a layer; 0 where layers are dense.
         width_bytes: of one weight, and of one value of its states.
-        expands: attention repeats keys and values for all heads (transformers' SDPA with a mask).
     """
 
     hidden: int
