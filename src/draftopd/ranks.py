@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch.distributed as dist
 from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
+
+
+def wait(minutes: float) -> timedelta:
+    """How long ranks wait for one another where they do something together."""
+    return timedelta(minutes=minutes)
 
 
 def count() -> int:

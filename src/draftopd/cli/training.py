@@ -28,6 +28,7 @@ from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.checkpoints import CheckpointFiles, newest_whole
 from draftopd.cli.record import write_record
 from draftopd.cli.report import FORMAT, TrainingReport, print_report
+from draftopd.cli.watch import watched
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
@@ -78,6 +79,32 @@ def run(config: DictConfig) -> TrainingReport:
     )  # fmt: skip
     refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)
     trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
+    with watched(trainer, config.ranks.lost_after):
+        _fit(config, trainer, module, data, directory)
+        tensors = whole_tensors(drafter)
+    if trainer.is_global_zero:
+        drafter.save(directory / "drafter", tensors=tensors)
+    report = TrainingReport(
+        tau_before=module.tau_before,
+        tau_after=module.tau_after,
+        steps=trainer.global_step,
+        tokens=module.tokens_seen,
+        seconds=dict(module.clock.seconds),
+        total_seconds=time.perf_counter() - began,
+        directory=str(directory),
+    )
+    if trainer.is_global_zero:
+        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
+        print_report(report)
+    return report
+
+
+def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: ReplayDataModule, directory: Path) -> None:
+    """Train from the newest whole checkpoint on, or from the beginning.
+
+    Raises:
+        KeyboardInterrupt: where Ctrl-C stopped it.
+    """
     if trainer.is_global_zero:
         write_record(directory, config)
 
@@ -95,22 +122,6 @@ def run(config: DictConfig) -> TrainingReport:
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
-    tensors = whole_tensors(drafter)
-    if trainer.is_global_zero:
-        drafter.save(directory / "drafter", tensors=tensors)
-    report = TrainingReport(
-        tau_before=module.tau_before,
-        tau_after=module.tau_after,
-        steps=trainer.global_step,
-        tokens=module.tokens_seen,
-        seconds=dict(module.clock.seconds),
-        total_seconds=time.perf_counter() - began,
-        directory=str(directory),
-    )
-    if trainer.is_global_zero:
-        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
-        print_report(report)
-    return report
 
 
 def first_texts(

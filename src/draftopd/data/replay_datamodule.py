@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, PromptSource
+from draftopd.errors import ConfigError, PromptError
 from draftopd.packing import Layout, pack
 from draftopd.replay import ReplayBatch, pad_anchors
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
@@ -277,6 +278,10 @@ class ReplayDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ReplayLoader:
         assert self.encoder is not None and self.buffer_root is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if self.prompts_per_refresh < ranks:
+            raise ConfigError(
+                f"data.prompts_per_refresh={self.prompts_per_refresh} is too few for {ranks} processes: each needs one."
+            )
         batches = self.batches_per_epoch or max(1, self.prompts_per_refresh // (self.batch_size * ranks))
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
@@ -303,5 +308,11 @@ class ReplayDataModule(L.LightningDataModule):
     def val_dataloader(self) -> DataLoader[list[int]]:
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        prompts = self.encoder.take(self.sources["validation"], range(self.validation_count))[rank::ranks]
-        return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
+        prompts = self.encoder.take(self.sources["validation"], range(self.validation_count))
+        if len(prompts) < ranks:
+            # A rank without any would pass validation by, and the sums over ranks in it.
+            raise PromptError(
+                f"{len(prompts)} validation prompts (data.validation_count={self.validation_count}, those of more than "
+                f"{self.max_prompt_tokens} tokens left out) are too few for {ranks} processes: each needs one."
+            )
+        return DataLoader(prompts[rank::ranks], batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
