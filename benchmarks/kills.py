@@ -164,7 +164,8 @@ class Run:
         # The pipe is open as long as any of them is there.
         output, _ = process.communicate(timeout=120)
         seconds = time.monotonic() - began
-        left = [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+        time.sleep(1)  # an orphan that was killed is there until the system's first process takes note
+        left = [pid for pid in ranks if lives(pid)]
         if left or (process.returncode and "continues." not in output):
             raise SystemExit(f"Rank {rank}, {how.name}: {left} left, status {process.returncode}:\n{output[-3000:]}")
         if process.returncode:
@@ -192,6 +193,14 @@ def same(a: Any, b: Any) -> bool:
     if isinstance(a, list):
         return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
     return bool(a == b)
+
+
+def lives(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
 
 
 def children(process: int) -> list[int]:

@@ -69,7 +69,8 @@ def watched(trainer: L.Trainer, lost_after: float) -> Iterator[None]:
             raise
         raise RanksError(found) from error
     except SIGTERMException:
-        raise  # the others have got it too, and finish their step
+        watch.leave()
+        raise
     except BaseException:
         watch.kill_others()
         raise
@@ -107,6 +108,15 @@ class _Watch:
     def stop(self) -> None:
         self._done.set()
         _OBSERVER.removeFilter(self._observed)
+
+    def leave(self) -> None:
+        """After SIGTERM, which the others got too: give them some seconds to finish."""
+        self._done.set()
+        until = time.monotonic() + _LAST_WORDS
+        for process in self._started:
+            with suppress(TimeoutExpired):
+                process.wait(max(0.0, until - time.monotonic()))
+        self.kill_others()
 
     def ended(self) -> str:
         """Which process ended, as a sentence, once one has; empty where that is not seen within some seconds."""
@@ -172,7 +182,7 @@ class _Watch:
     def _end(self, what: str) -> NoReturn:
         """End this process, whatever it waits for."""
         if self._done.is_set():
-            sys.exit()  # this thread only
+            sys.exit()  # this thread only: here Lightning's, which would kill all
         os.write(2, f"Error: {what} {CONTINUES}\n".encode())
         self.kill_others()
         os._exit(1)
