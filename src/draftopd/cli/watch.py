@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from subprocess import Popen, TimeoutExpired
+from types import FrameType
 from typing import NoReturn
 
 import lightning as L
@@ -102,12 +103,22 @@ class _Watch:
 
     def start(self) -> None:
         _OBSERVER.addFilter(self._observed)
+        # Lightning's own handler has ranks do something together wherever the signal finds each of them: they hang.
+        self.trainer._signal_connector._sigterm_notifier_fn = self._sigterm  # type: ignore[assignment,method-assign]
         for work in (self._beat, self._judge):
             threading.Thread(target=work, name=f"ranks-{work.__name__.strip('_')}", daemon=True).start()
 
     def stop(self) -> None:
         self._done.set()
         _OBSERVER.removeFilter(self._observed)
+
+    def _sigterm(self, number: int, frame: FrameType | None) -> None:
+        """Pass the signal on, and have all ranks end after the same step."""
+        module = self.trainer.lightning_module
+        if not module.stop_asked:
+            module.stop_asked = True  # type: ignore[assignment]
+            for process in self._started:
+                process.send_signal(number)
 
     def leave(self) -> None:
         """After SIGTERM, which the others got too: give them some seconds to finish."""
