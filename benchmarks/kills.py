@@ -2,12 +2,16 @@
 
     python benchmarks/kills.py                 # 60 kills over all kinds of run, about twenty minutes on two cores
     python benchmarks/kills.py --kills 4 --kinds greedy
+    python benchmarks/kills.py --ranks 2 --kills 12 --results benchmarks/results/kills_ranks.json
 
 A run is started with one command and killed (SIGKILL) at a random moment of a random phase: start-up, rollout, writing
 the anchor buffer, a training step, validation, writing a checkpoint, writing the drafter. The same command starts it
 again, until it ends by itself after its share of kills. It must then have the same weights and optimizer state, bit
 for bit, as a run that nobody killed, and the same report. A killed run's lost steps are those it had taken and
 takes again. Results go to a JSON file.
+
+With --ranks 2 one of two processes, drawn at random, is killed or (not in start-up) stopped for good (SIGSTOP). The
+other must end by itself with a message within `ranks.lost_after` (10 seconds here) and some more; none may be left.
 """
 
 from __future__ import annotations
@@ -42,6 +46,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "decode_free": ("rollout=decode_free", "refresh.every_n_steps=2"),
     "random_anchors": ("data.anchors=random", "loss=cross_entropy", "trainer.accumulate_grad_batches=2"),
 }
+LOST_AFTER = 10
+RANKS = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2", f"ranks.lost_after={LOST_AFTER}")
 #: What each phase is a call of.
 PHASES = {
     "rollout": "draftopd.callbacks.refresh_anchors:RefreshAnchors.refresh",
@@ -103,6 +109,8 @@ class Run:
 
     def __init__(self, directory: Path, overrides: tuple[str, ...]) -> None:
         self.directory, self.trace = directory, directory.with_suffix(".trace")
+        #: Of kills of one of two ranks: which, how, and the seconds until the other had ended.
+        self.ended: list[dict[str, Any]] = []
         self.command = [
             sys.executable, __file__, "--child", str(self.trace), *SHORT, *overrides, f"hydra.run.dir={directory}",
         ]  # fmt: skip
@@ -121,8 +129,12 @@ class Run:
         if process.returncode:
             raise SystemExit(f"A run ended by itself with status {process.returncode}:\n{output[-3000:]}")
 
-    def kill(self, phase: str, occurrence: int, delay: float) -> bool:
-        """Start it and kill it so long after a phase began for the n-th time; False if it ended before."""
+    def kill(self, phase: str, occurrence: int, delay: float, victim: tuple[int, signal.Signals]) -> bool:
+        """Start it and kill it so long after a phase began for the n-th time; False if it ended before.
+
+        Args:
+            victim: rank and signal; with one process, rank 0 and SIGKILL.
+        """
         process, began = self.start(), time.monotonic()
         while process.poll() is None:
             if phase == "start-up":
@@ -134,10 +146,30 @@ class Run:
                 raise SystemExit("A run hangs.")
             time.sleep(0.002)
         time.sleep(delay)
+        others = children(process.pid)
+        if others and process.poll() is None:
+            return self._lose(phase, process, [process.pid, *others], *victim)
         process.send_signal(signal.SIGKILL)
         output, _ = process.communicate()
         if process.returncode not in (0, -signal.SIGKILL):
             raise SystemExit(f"A run ended by itself with status {process.returncode}:\n{output[-3000:]}")
+        return process.returncode != 0
+
+    def _lose(
+        self, phase: str, process: subprocess.Popen[str], ranks: list[int], rank: int, how: signal.Signals
+    ) -> bool:
+        """Kill or stop one of several processes, and see that the others end with a message."""
+        os.kill(ranks[rank], how)
+        began = time.monotonic()
+        # The pipe is open as long as any of them is there.
+        output, _ = process.communicate(timeout=120)
+        seconds = time.monotonic() - began
+        time.sleep(1)  # an orphan that was killed is there until the system's first process takes note
+        left = [pid for pid in ranks if lives(pid)]
+        if left or (process.returncode and "continues." not in output):
+            raise SystemExit(f"Rank {rank}, {how.name}: {left} left, status {process.returncode}:\n{output[-3000:]}")
+        if process.returncode:
+            self.ended.append({"phase": phase, "rank": rank, "signal": how.name, "seconds": round(seconds, 1)})
         return process.returncode != 0
 
     def outcome(self) -> dict[str, Any]:
@@ -163,6 +195,22 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
+def lives(process: int) -> bool:
+    """Whether a process is there and no zombie."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def children(process: int) -> list[int]:
+    """The processes that a process started and that are still there."""
+    try:
+        return [int(pid) for pid in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    except FileNotFoundError:
+        return []
+
+
 def durations(seconds: float) -> dict[str, float]:
     """How long a kill may wait after a phase began: about as long as the phase takes."""
     return {"start-up": seconds / 3} | {p: 0.5 if p in ("rollout", "validation") else 0.05 for p in PHASES}
@@ -178,26 +226,32 @@ def main() -> None:
     parser.add_argument("--kinds", nargs="+", default=list(KINDS), choices=list(KINDS))
     parser.add_argument("--phases", nargs="+", default=["start-up", *PHASES], choices=["start-up", *PHASES])
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--ranks", type=int, default=1, choices=(1, 2))
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
     dice = random.Random(options.seed)
     began, rows, kills = time.monotonic(), [], 0
+    shared = RANKS if options.ranks == 2 else ()
+    victims = [(r, s) for r in range(options.ranks) for s in (signal.SIGKILL, signal.SIGSTOP)[: options.ranks]]
     with tempfile.TemporaryDirectory() as folder:
         whole = {}
         while kills < options.kills:
             kind = options.kinds[len(rows) % len(options.kinds)]
             if kind not in whole:
-                reference, start = Run(Path(folder) / kind, KINDS[kind]), time.monotonic()
+                reference, start = Run(Path(folder) / kind, KINDS[kind] + shared), time.monotonic()
                 reference.finish()
                 whole[kind] = reference, time.monotonic() - start
             reference, seconds = whole[kind]
-            run, killed, lost = Run(Path(folder) / f"{kind}-{len(rows)}", KINDS[kind]), Counter[str](), []
+            run, killed, lost = Run(Path(folder) / f"{kind}-{len(rows)}", KINDS[kind] + shared), Counter[str](), []
             waits = durations(seconds)
             while sum(killed.values()) < min(options.per_run, options.kills - kills):
                 phase = dice.choice(options.phases)
                 stood = run.events() if run.trace.exists() else []
                 times = max(1, sum(event == ["begin", phase] for event in reference.events()) // 2)
-                if not run.kill(phase, dice.randint(1, times), dice.uniform(0, waits[phase])):
+                victim = dice.choice(victims) if shared else victims[0]
+                if phase == "start-up":
+                    victim = victim[0], signal.SIGKILL  # ranks that have not met wait for the group's own timeout
+                if not run.kill(phase, dice.randint(1, times), dice.uniform(0, waits[phase]), victim):
                     break  # it ended, or the phase did not come any more
                 killed[phase] += 1
                 lost.append(taken_again(stood, run.events()))
@@ -210,7 +264,7 @@ def main() -> None:
             row = {
                 "kind": kind, "kills": sum(killed.values()), "by_phase": dict(killed), "equal": not differs,
                 "differs": differs, "steps_taken_again": [n for n in lost if n],
-            }  # fmt: skip
+            } | ({"others_ended": run.ended} if shared else {})  # fmt: skip
             rows.append(row)
             print(row, flush=True)
     survived = sum(row["kills"] for row in rows if row["equal"])

@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.plugins.precision import MixedPrecision
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -281,7 +282,7 @@ def test_the_loss_scaler_skips_the_same_steps_and_they_count_once(
 
 
 def one_rank(rank: int, port: int, target_path: str, directory: str) -> None:
-    """A rank of two; the second one's loss is NaN in its second step."""
+    """A rank of two; the second one's loss is NaN in its second step. In another run it alone is asked to stop."""
     torch.set_num_threads(1)
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "TORCHELASTIC_RUN_ID": "ranks", "WORLD_SIZE": "2",
@@ -295,10 +296,15 @@ def one_rank(rank: int, port: int, target_path: str, directory: str) -> None:
     history = fit(module, given, Path(directory), strategy="ddp", devices=2, use_distributed_sampler=False)
     same = [history.same(step) for step in range(3)]
     torch.save((same, module.skips.state(), history.weights[-1]), Path(directory) / f"rank-{rank}.pt")
+    stopped = DraftModule(target, drafter, Failing("nan", ()), Sampling(), frozenset())
+    stopped.stop_asked = rank == 1
+    with pytest.raises(SIGTERMException):
+        fit(stopped, given, Path(directory), strategy="ddp", devices=2, use_distributed_sampler=False)
+    assert stopped.global_step == 1
 
 
 @pytest.mark.slow
-def test_ranks_skip_together(target_dirs: dict[str, Path], tmp_path: Path) -> None:
+def test_ranks_skip_and_stop_together(target_dirs: dict[str, Path], tmp_path: Path) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]

@@ -35,3 +35,7 @@ class FileError(DraftOPDError):
 
 class NumericsError(DraftOPDError):
     """A loss or gradient is not finite."""
+
+
+class RanksError(DraftOPDError):
+    """Another process of a distributed run is lost."""

@@ -123,6 +123,8 @@ class DraftModule(L.LightningModule):
         self._shards: Shards | None = None
         self._validating = ExitStack()
         self._step = _Step()
+        #: Set in any rank of several: all end after the step in flight.
+        self.stop_asked = False
         #: Held-out micro tau before training and at the last validation; NaN where there was none.
         self.tau_before = self.tau_after = float("nan")
         #: Emitted tokens a block of every prompt that was tested, by its place among them.
@@ -201,13 +203,16 @@ class DraftModule(L.LightningModule):
         step, self._step = self._step, _Step()
         assert step.figures is not None
         wrong = 1 - largest_gradient(optimizer).isfinite().to(step.figures)
-        *sums, wrong_ranks = ranks.total(torch.cat([step.figures, wrong[None]])).tolist()
+        asked = step.figures.new_tensor([self.stop_asked])
+        *sums, wrong_ranks, asked_ranks = ranks.total(torch.cat([step.figures, wrong[None], asked])).tolist()
         figures = dict(zip(step.names, sums, strict=True))
         if math.isfinite(figures["loss"]) and not wrong_ranks:
             self.skips.taken()
         else:
             self._skip(step, optimizer, figures["loss"])
         self._log_step(figures, ranks.count() * len(step.batches))
+        if asked_ranks:
+            self.trainer._signal_connector.received_sigterm = True  # what Lightning looks at when the step is over
 
     def _skip(self, step: _Step, optimizer: Optimizer, loss: float) -> None:
         """Let the optimizer find no gradient; every rank comes here at the same step, with the loss of all.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch.distributed as dist
@@ -10,6 +11,11 @@ from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 _T = TypeVar("_T")
+
+
+def wait(minutes: float) -> timedelta:
+    """How long ranks wait for one another where they do something together."""
+    return timedelta(minutes=minutes)
 
 
 def count() -> int:

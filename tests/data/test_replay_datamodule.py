@@ -5,13 +5,16 @@ from __future__ import annotations
 import pickle
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import lightning as L
 import pytest
 import torch
 from torch import Tensor
 
-from draftopd.data.replay_datamodule import ReplayDataset, ReplayLoader, ReplaySampler
+from draftopd.data.prompts import ReasoningPrompts
+from draftopd.data.replay_datamodule import ReplayDataModule, ReplayDataset, ReplayLoader, ReplaySampler
+from draftopd.errors import DraftOPDError
 from draftopd.replay import ReplayBatch
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import BufferWriter, Recorded
@@ -211,3 +214,18 @@ def test_renewed_anchors_of_a_rollout_that_is_gone_are_dropped(root: Path) -> No
     restored.load_state_dict(state)
     first = next(iter(restored))
     assert len(log) == 1 and first.ids[:, 0].tolist() == log[0][:4]
+
+
+@pytest.mark.parametrize("held_out, rolled_out", [(2, 3), (3, 2)])
+def test_every_rank_needs_a_prompt(held_out: int, rolled_out: int, tmp_path: Path, tokenizer) -> None:
+    prompts = ReasoningPrompts("validation")
+    data = ReplayDataModule(prompts, prompts, rolled_out, held_out)
+    data.attach(tokenizer, tmp_path)
+
+    def loaders(ranks: int) -> None:
+        data.trainer = SimpleNamespace(world_size=ranks, global_rank=ranks - 1)  # type: ignore[assignment]
+        assert len(data.val_dataloader()) and len(data.train_dataloader())
+
+    loaders(2)
+    with pytest.raises(DraftOPDError, match="too few for 3 processes"):
+        loaders(3)

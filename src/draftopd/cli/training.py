@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import math
 import time
 import warnings
 from collections.abc import Iterator
@@ -29,10 +28,12 @@ from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.checkpoints import CheckpointFiles, newest_whole
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
+from draftopd.cli.watch import watched
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError, FileError
 from draftopd.files import read_json, write_json
+from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
@@ -84,6 +85,39 @@ def run(config: DictConfig) -> TrainingReport:
     )  # fmt: skip
     refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)
     trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
+    with watched(trainer, config.ranks.lost_after):
+        _fit(config, trainer, module, data, directory)
+        if data.test_count:
+            trainer.test(module, datamodule=data, verbose=False)
+        tensors = whole_tensors(drafter)
+    if trainer.is_global_zero:
+        drafter.save(directory / "drafter", tensors=tensors)
+    report = TrainingReport(
+        tau_before=module.tau_before,
+        tau_after=module.tau_after,
+        steps=trainer.global_step,
+        tokens=module.tokens_seen,
+        seconds=dict(module.clock.seconds),
+        total_seconds=time.perf_counter() - began,
+        directory=str(directory),
+        flops=module.flops(),
+        test_tau=acceptance_length(list(module.tested.values()))[0],
+    )
+    if trainer.is_global_zero:
+        if data.test_count:
+            emitted = {str(place): module.tested[place] for place in sorted(module.tested)}
+            write_json(directory / "test.json", {"emitted": emitted}, TESTED_FORMAT)
+        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
+        print_report(report)
+    return report
+
+
+def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: ReplayDataModule, directory: Path) -> None:
+    """Train from the newest whole checkpoint on, or from the beginning.
+
+    Raises:
+        KeyboardInterrupt: where Ctrl-C stopped it.
+    """
     if trainer.is_global_zero:
         write_record(directory, config)
 
@@ -101,30 +135,6 @@ def run(config: DictConfig) -> TrainingReport:
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
-    test_tau = math.nan
-    if data.test_count:
-        test_tau = trainer.test(module, datamodule=data, verbose=False)[0]["test/tau"]
-    tensors = whole_tensors(drafter)
-    if trainer.is_global_zero:
-        drafter.save(directory / "drafter", tensors=tensors)
-    report = TrainingReport(
-        tau_before=module.tau_before,
-        tau_after=module.tau_after,
-        steps=trainer.global_step,
-        tokens=module.tokens_seen,
-        seconds=dict(module.clock.seconds),
-        total_seconds=time.perf_counter() - began,
-        directory=str(directory),
-        flops=module.flops(),
-        test_tau=test_tau,
-    )
-    if trainer.is_global_zero:
-        if data.test_count:
-            emitted = {str(place): module.tested[place] for place in sorted(module.tested)}
-            write_json(directory / "test.json", {"emitted": emitted}, TESTED_FORMAT)
-        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
-        print_report(report)
-    return report
 
 
 def finished(directory: Path, config: DictConfig) -> TrainingReport | None:

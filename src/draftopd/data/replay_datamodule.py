@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import lightning as L
 import torch
@@ -14,6 +14,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, PromptSource
+from draftopd.errors import ConfigError, PromptError
 from draftopd.packing import Layout, pack
 from draftopd.replay import ReplayBatch, pad_anchors
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
@@ -286,6 +287,10 @@ class ReplayDataModule(L.LightningDataModule):
     def train_dataloader(self) -> ReplayLoader:
         assert self.encoder is not None and self.buffer_root is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if self.prompts_per_refresh < ranks:
+            raise ConfigError(
+                f"data.prompts_per_refresh={self.prompts_per_refresh} is too few for {ranks} processes: each needs one."
+            )
         batches = self.batches_per_epoch or max(1, self.prompts_per_refresh // (self.batch_size * ranks))
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
@@ -315,11 +320,18 @@ class ReplayDataModule(L.LightningDataModule):
     def test_dataloader(self) -> DataLoader[tuple[int, list[int]]]:
         return self._decoded(self._share("test", self.test_count))
 
-    def _share(self, source: str, count: int) -> list[tuple[int, list[int]]]:
+    def _share(self, source: Literal["validation", "test"], count: int) -> list[tuple[int, list[int]]]:
         """This rank's part of the first prompts of a source, and their places among them."""
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        return list(enumerate(self.encoder.take(self.sources[source], range(count))))[rank::ranks]
+        prompts = self.encoder.take(self.sources[source], range(count))
+        if len(prompts) < ranks:
+            # A rank without any would pass by the sums over ranks.
+            raise PromptError(
+                f"{len(prompts)} {source} prompts (data.{source}_count={count}, those of more than "
+                f"{self.max_prompt_tokens} tokens left out) are too few for {ranks} processes: each needs one."
+            )
+        return list(enumerate(prompts))[rank::ranks]
 
     def _decoded(self, prompts: list[Any]) -> DataLoader[Any]:
         return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
