@@ -30,6 +30,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -184,7 +185,7 @@ def curve(samples: np.ndarray, steps: np.ndarray) -> dict[str, list[float]]:
     """Medians over stretches of equal time; stretches without a sample or a step are left out."""
     edges = np.linspace(0, samples[-1, 0], min(POINTS, len(samples)) + 1)
     rows = []
-    for start, end in zip(edges[:-1], edges[1:], strict=True):
+    for start, end in pairwise(edges):
         seen = samples[(samples[:, 0] > start) & (samples[:, 0] <= end), 1:]
         taken = steps[(steps[:, 0] > start) & (steps[:, 0] <= end), 2:5]
         if len(seen) and len(taken):
@@ -199,7 +200,7 @@ def judge(samples: np.ndarray, steps: np.ndarray, minutes: float, limit: float) 
     watched, taken = samples[samples[:, 0] > warm], steps[steps[:, 0] > warm]
     if len(watched) < 8 or len(np.unique(taken[:, 1])) < 3:
         raise SystemExit(
-            "Too short to judge: it needs eight samples and three epochs after warm-up. Give more --minutes."
+            "Too short to judge: eight samples and three epochs must follow the warm-up. Give more --minutes."
         )
     grown = {name: growth(watched[:, 1 + i]) for i, name in enumerate(WATCHED)}
     hours, slope = (watched[-1, 0] - watched[0, 0]) / 3600, drift(taken)
