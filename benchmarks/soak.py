@@ -111,12 +111,11 @@ def watch(process: int, directory: Path) -> tuple[float, ...]:
     rollup = dict(line.split(":") for line in (proc / "smaps_rollup").read_text().splitlines()[1:])
     kilobytes = {name: int(value.split()[0]) for name, value in rollup.items()}
     status = dict(line.split(":", 1) for line in (proc / "status").read_text().splitlines())
-    files, size = list((proc / "fd").iterdir()), 0
-    for file in directory.rglob("*"):
-        try:
-            size += file.stat().st_size if file.is_file() else 0
-        except FileNotFoundError:  # just replaced
-            continue
+    files, size = os.listdir(proc / "fd"), 0
+    for folder, _, names in os.walk(directory):
+        for name in names:
+            with suppress(FileNotFoundError):  # just replaced
+                size += os.stat(os.path.join(folder, name)).st_size
     own = kilobytes["Private_Clean"] + kilobytes["Private_Dirty"]
     return kilobytes["Rss"] / 1024, own / 1024, len(files), int(status["Threads"]), size / 2**20
 
