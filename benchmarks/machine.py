@@ -69,7 +69,7 @@ def wait(device: str) -> None:
 def arguments(options: argparse.Namespace) -> dict[str, object]:
     """What was asked for, without the paths of this machine."""
     local = ("results", "case", "way", "peer", "reference", "reference_python")
-    return {name: value for name, value in vars(options).items() if name not in local}
+    return {n: v for n, v in vars(options).items() if n not in local and not isinstance(v, Path)}
 
 
 def keep(options: argparse.Namespace, content: dict[str, object]) -> None:
