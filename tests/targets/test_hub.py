@@ -54,7 +54,7 @@ def test_a_proxy_is_trusted(knocks: list[tuple[str, int]], monkeypatch: pytest.M
 def test_messages(tmp_path: Path) -> None:
     assert (
         unavailable(str(tmp_path), OSError("\n  no weights\nmore"))
-        == f"The target {tmp_path} could not be loaded: no weights"
+        == f"The target {tmp_path} could not be loaded: no weights. Copy or download it again, or name another."
     )
     assert unavailable("a/b", RuntimeError("out of memory")) == "The target a/b could not be loaded: out of memory"
     assert "KeyError" in unavailable(str(tmp_path), KeyError())

@@ -18,7 +18,7 @@ from typing_extensions import Self
 from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
 from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
@@ -159,9 +159,7 @@ class DFlashDrafter(Drafter):
     ) -> Self:
         refuse_others(raw, tensors, where)
         config, extras = parse_config(raw, where)
-        drafter = cls(config, **extras)
-        fill(drafter, tensors, where)
-        return drafter
+        return filled(lambda: cls(config, **extras), tensors, config.num_hidden_layers, where)
 
     def describe(self) -> dict[str, Any]:
         return describe(self)

@@ -19,7 +19,7 @@ from typing_extensions import Self
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
 from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.drafters.eagle3_format import describe, parse_config, refuse_others, usual_layers
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
@@ -188,15 +188,16 @@ class Eagle3Drafter(AutoregressiveDrafter):
         if extras["target_layer_ids"] is None:
             extras["target_layer_ids"] = default_target_layers(extras["num_target_layers"])
         own = "embed_tokens.weight" in tensors
-        drafter = cls(config, **extras, own_embedding=own)
-        if drafter.t2d is None:
+        if extras["draft_vocab_size"] == config.vocab_size:
             # A whole vocabulary needs no tables; some checkpoints have them all the same.
             tensors = {n: t for n, t in tensors.items() if n not in ("t2d", "d2t")}
-        fill(drafter, tensors, where)
+        drafter = filled(lambda: cls(config, **extras, own_embedding=own), tensors, 1, where)
         if drafter.t2d is not None and drafter.d2t is not None:
             ids = torch.arange(drafter.draft_vocab_size) + drafter.d2t
             if not torch.equal(ids, drafter.t2d.nonzero()[:, 0]):
-                raise DrafterError(f"The tables t2d and d2t of {where} do not name the same tokens in ascending order.")
+                raise DrafterError(
+                    f"The tables t2d and d2t of {where} do not name the same tokens in ascending order: copy it again."
+                )
         return drafter
 
     def describe(self) -> dict[str, Any]:

@@ -20,7 +20,7 @@ from typing_extensions import Self
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
 from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
 from draftopd.drafters.mtp_format import OF_THE_TARGET, describe, parse_config
 from draftopd.targets.target import Target
@@ -116,9 +116,8 @@ class MTPDrafter(AutoregressiveDrafter):
         cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
     ) -> Self:
         config, extras = parse_config(raw, where)
-        drafter = cls(config, **extras)
-        fill(drafter, {n: t for n, t in tensors.items() if n not in OF_THE_TARGET}, where)
-        return drafter
+        own = {n: t for n, t in tensors.items() if n not in OF_THE_TARGET}
+        return filled(lambda: cls(config, **extras), own, 1, where)
 
     def describe(self) -> dict[str, Any]:
         return describe(self)

@@ -14,6 +14,7 @@ from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.runner import ExampleResults
 from draftopd.files import replaced
+from draftopd.json_text import read_json, shown
 
 
 class ResultStore:
@@ -24,7 +25,7 @@ class ResultStore:
         identity: all that the figures depend on; another run's examples are not taken for this one's.
 
     Raises:
-        ConfigError: if the directory holds another evaluation's examples.
+        ConfigError: if the directory holds another evaluation's examples, or what cannot be read.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
@@ -34,7 +35,7 @@ class ResultStore:
         self.done: dict[tuple[str, str], ExampleResults] = {}
         marker = directory / "examples.json"
         if self.path.exists() and marker.exists():
-            if json.loads(marker.read_text(encoding="utf-8")) != self._identity:
+            if self._marked(marker) != self._identity:
                 raise ConfigError(
                     f"{directory} holds an evaluation of other drafters, benchmarks or settings: use another "
                     "hydra.run.dir, or the same command to go on with it."
@@ -59,18 +60,31 @@ class ResultStore:
         """A benchmark's examples in the order they were done."""
         return [results for (name, _), results in self.done.items() if name == benchmark]
 
+    def _marked(self, marker: Path) -> Any:
+        try:
+            return read_json(marker.read_bytes())
+        except (OSError, ValueError) as error:
+            raise ConfigError(
+                f"{marker} cannot be read ({error}): use another hydra.run.dir, or delete it and {self.path.name}."
+            ) from error
+
     def _read(self) -> None:
-        kept = []
+        kept: list[str] = []
         # Bytes, and not splitlines: the last letter may be cut in two, and a text may hold other separators.
         for line in self.path.read_bytes().split(b"\n"):
             try:
-                row = json.loads(line)
+                row = read_json(line)
             except ValueError:
                 break  # the end, or cut off while it was written: decoded again
+            try:
+                results = {name: [_turn(turn) for turn in turns] for name, turns in row["results"].items()}
+                self.done[row["benchmark"], row["example"]] = results
+            except (KeyError, TypeError, AttributeError) as error:
+                raise ConfigError(
+                    f"{self.path}, line {len(kept) + 1} holds no example's figures ({shown(str(error))}): delete the "
+                    "file, and the same command decodes again."
+                ) from error
             kept.append(line.decode())
-            self.done[row["benchmark"], row["example"]] = {
-                name: [_turn(turn) for turn in turns] for name, turns in row["results"].items()
-            }
         with replaced(self.path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 

@@ -23,6 +23,7 @@ from safetensors import SafetensorError
 
 from draftopd.errors import BufferError
 from draftopd.files import replaced
+from draftopd.json_text import read_json, shown, whole
 from draftopd.rollout.shards import Shard, checksum, disk, write_shard
 
 FORMAT = 2
@@ -173,8 +174,9 @@ class AnchorBuffer:
                         f"{path} is damaged (its checksum differs): delete {self.directory} and roll out again."
                     )
                 shard = Shard(path)
+                shard.check(*_COLUMNS, "prompt_lengths")
                 ends = shard.offsets("tokens")
-            except (OSError, SafetensorError, KeyError) as error:
+            except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise BufferError(
                     f"{path} cannot be read ({error}): delete {self.directory} and roll out again."
                 ) from error
@@ -194,9 +196,17 @@ class AnchorBuffer:
 
     def __getitem__(self, index: int) -> Recorded:
         shard, row = self._places[index]
-        (prompt_length,) = shard.row("prompt_lengths", row)
+        lengths = shard.row("prompt_lengths", row)
         columns = {name: shard.row(name, row) for name in _COLUMNS}
-        return Recorded(prompt_length=prompt_length, step=self.manifest.step, **columns)
+        size, blocks = len(columns["tokens"]), len(columns["anchors"])
+        fits = len(lengths) == 1 and 0 < lengths[0] <= size and min(columns["tokens"]) >= 0
+        inside = all(0 < anchor < size for anchor in columns["anchors"])
+        if not fits or not inside or {len(columns["accepted"]), len(columns["emitted"])} != {blocks}:
+            raise BufferError(
+                f"Sequence {index} of {self.directory} is none: its lengths or anchors do not fit its tokens. Delete "
+                f"{self.directory} and roll out again."
+            )
+        return Recorded(prompt_length=lengths[0], step=self.manifest.step, **columns)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -206,11 +216,15 @@ def read_manifest(directory: Path) -> Manifest:
         BufferError: if it is absent, unreadable or of another format.
     """
     try:
-        raw = json.loads((directory / "manifest.json").read_text(encoding="utf-8"))
+        raw = read_json((directory / "manifest.json").read_bytes())
         manifest = Manifest(**raw)
-    except (OSError, ValueError, TypeError) as error:
+        counts = [value for name, value in asdict(manifest).items() if name != "shards"]
+        for count in [*counts, *manifest.shards.values()]:
+            if whole(count) < 0:
+                raise ValueError(f"{count} where a count belongs")
+    except (OSError, ValueError, TypeError, AttributeError) as error:
         raise BufferError(
-            f"{directory} is no anchor buffer generation: {error}. Delete it and roll out again."
+            f"{directory} is no anchor buffer generation: {shown(str(error))}. Delete it and roll out again."
         ) from error
     if manifest.format != FORMAT:
         raise BufferError(

@@ -7,14 +7,13 @@ import inspect
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import local_only, resolve, unavailable
+from draftopd.targets.hub import check_index, local_only, resolve, unavailable
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -90,13 +89,14 @@ class Target(nn.Module):
             "trust_remote_code": trust_remote_code,
             "local_files_only": local_only(path),
         }
+        check_index(path)
         try:
             config = AutoConfig.from_pretrained(path, **options)
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, device_map=device_map,
-                attn_implementation=attn_implementation, output_loading_info=True, **options,
+                attn_implementation=attn_implementation, output_loading_info=True, use_safetensors=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except Exception as error:  # whatever transformers stumbles over in files from elsewhere
             raise TargetError(unavailable(path, error)) from error
         if report["missing_keys"]:
             # transformers only warns, and goes on with random weights.
@@ -305,14 +305,21 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
         return AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=local_only(path)
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library knows no other
         raise TargetError(unavailable(path, error)) from error
 
 
 def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The token ids that end a response: the generation config's, and the tokenizer's own."""
+    """The token ids that end a response: the generation config's, and the tokenizer's own.
+
+    Raises:
+        TargetError: if the generation config names something else.
+    """
     found = getattr(target.model.generation_config, "eos_token_id", None)
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
+    named = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in named):
+        raise TargetError(f"The target's generation_config.json names eos_token_id {named}: write token ids there.")
+    ids = set(named)
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)
