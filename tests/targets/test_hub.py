@@ -51,12 +51,15 @@ def test_a_proxy_is_trusted(knocks: list[tuple[str, int]], monkeypatch: pytest.M
     assert not knocks
 
 
+MEND = "Copy or download it again, or name another."
+
+
 def test_messages(tmp_path: Path) -> None:
     assert (
         unavailable(str(tmp_path), OSError("\n  no weights\nmore"))
-        == f"The target {tmp_path} could not be loaded: no weights. Copy or download it again, or name another."
+        == f"The target {tmp_path} could not be loaded: no weights. " + MEND
     )
-    assert unavailable("a/b", RuntimeError("out of memory")) == "The target a/b could not be loaded: out of memory"
+    assert unavailable("a/b", RuntimeError("out of memory")) == "The target a/b could not be loaded: out of memory. " + MEND
     assert "KeyError" in unavailable(str(tmp_path), KeyError())
     missing = unavailable("a/b", OSError("no route"))
     assert "a/b" in missing and "target.path=DIR" in missing

@@ -185,8 +185,14 @@ def _compare_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int,
         ]
         raise DrafterError(
             f"The tensors of {where} are not those of its config.json: copy both again. "
-            f"Missing: {missing or 'none'}; extra: {extra or 'none'}; misshapen: {shapes or 'none'}."
+            f"Missing: {_few(missing)}; extra: {_few(extra)}; misshapen: {_few(shapes)}."
         )
+
+
+def _few(names: list[str], most: int = 6) -> str:
+    """The first of them, and how many more there are."""
+    more = f" and {len(names) - most} more" if len(names) > most else ""
+    return f"{[shown(name, 100) for name in names[:most]]}{more}" if names else "none"
 
 
 def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:

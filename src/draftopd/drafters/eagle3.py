@@ -92,7 +92,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         if self.target_hidden_size != size and not own_embedding:
             raise DrafterError(
                 f"An EAGLE-3 drafter of hidden size {size} for a target of {self.target_hidden_size} needs "
-                "embed_tokens.weight of its own, which is missing."
+                "embed_tokens.weight of its own, which is missing: copy it again, or name another."
             )
         self.embed_tokens = nn.Embedding(config.vocab_size, size).requires_grad_(False) if own_embedding else None
         self.fc = nn.Linear(len(self.target_layer_ids) * self.target_hidden_size, size, bias=False)

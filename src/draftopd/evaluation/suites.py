@@ -49,7 +49,7 @@ class Suite:
         path: str | None = None,
     ) -> None:
         if (template is None) == (not turns_field):
-            raise PromptError(f"benchmark.{name} needs a template or a turns_field, and not both.")
+            raise PromptError(f"benchmark.{name} needs a template or a turns_field, and not both: leave one out.")
         if count < 1:
             raise PromptError(f"benchmark.{name}.count must be 1 or more, found {count}.")
         try:
