@@ -218,8 +218,8 @@ class Line:
                         raise _TransientError(f"no complete answer within {self.address.timeout:g} s")
                     if len(content) > MAX_BYTES:
                         raise ServerError(
-                            f"{where} sent more than {MAX_BYTES} bytes for one answer: is {self.address.group}.url an "
-                            "engine's address?"
+                            f"{where} sent more than {MAX_BYTES} bytes for one answer: check that "
+                            f"{self.address.group}.url is an engine's address."
                         )
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise self._no_address() from error
@@ -235,7 +235,10 @@ class Line:
                 f"{where} refuses the request ({status}): name its key's variable, {self.address.group}.api_key_env."
             )
         if status != 200:
-            raise ServerError(f"{where} refuses the request ({status}): {self.address.quote(text)}")
+            raise ServerError(
+                f"{where} refuses the request ({status}): {self.address.quote(text) or 'no reason given'} (check "
+                f"{self.address.group}.url, and what the server was started with)"
+            )
         try:
             return read(text)
         except ValueError as error:

@@ -6,10 +6,11 @@ import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from draftopd import ranks
@@ -28,6 +29,10 @@ from draftopd.replay import ReplayBatch, replay
 from draftopd.rollout.fresh import FreshAnchors
 from draftopd.stopwatch import Stopwatch
 from draftopd.targets.target import Target
+
+#: Ranges of the options, for the check of configurations.
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 class DraftModule(L.LightningModule):
@@ -58,11 +63,11 @@ class DraftModule(L.LightningModule):
         loss: Loss,
         sampling: Sampling,
         stop: frozenset[int],
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup: float = 0.05,
-        final_rate: float = 0.0,
+        learning_rate: Rate = 3e-4,
+        weight_decay: NonNegativeFloat = 0.0,
+        betas: tuple[Share, Share] = (0.9, 0.95),
+        warmup: Share = 0.05,
+        final_rate: Share = 0.0,
         activation_checkpointing: bool = False,
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",

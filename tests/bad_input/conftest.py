@@ -53,6 +53,4 @@ def copy(originals: Path, tmp_path: Path) -> Copy:
 @pytest.fixture
 def request_(whole_target: Target, tokenizer: PreTrainedTokenizerFast) -> Request:
     """For one text of at most eight tokens after the prompt ``[5, 6]``."""
-    return Request(
-        whole_target, None, tokenizer, lambda: [[5, 6]], range(1), frozenset({3}), Sampling(), 8, 64, seed=0
-    )
+    return Request(whole_target, None, tokenizer, lambda: [[5, 6]], range(1), frozenset({3}), Sampling(), 8, 64, seed=0)

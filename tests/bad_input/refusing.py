@@ -13,7 +13,7 @@ from draftopd.errors import DraftOPDError
 #: What tells a user to do something.
 ADVICE = re.compile(
     r"\b(use|set|name|write|copy|train|choose|delete|roll out|check|give|raise|save|look|mend|expected|must|leave|"
-    r"did you mean|quote|lower|is it|must lie|add|download)\b",
+    r"did you mean|should be|quote|lower|is it|must lie|add|download)\b",
     re.IGNORECASE,
 )
 

@@ -108,7 +108,7 @@ ROWS: dict[str, tuple[Change, str]] = {
     "offsets in 32 bits": (put("tokens_offsets", 0, 6, 9), "the rows of tokens do not add up"),
     "a row more": (offsets("accepted", 0, 2, 3, 3), "accepted has other rows than tokens"),
     "tokens fractions": (resealed(lambda t: t.update(tokens=t["tokens"].float())), "the rows of tokens do not add up"),
-    "tokens in two dimensions": (resealed(lambda t: t.update(tokens=t["tokens"].view(3, 3))), "of tokens do not add up"),
+    "tokens in two dimensions": (resealed(lambda t: t.update(tokens=t["tokens"].view(3, 3))), "do not add up"),
     "a token below 0": (put("tokens", -7, 8, 9, 10, 11, 12, 4, 5, 6), SEQUENCE),
     "an empty sequence": (offsets("tokens", 0, 9, 9), SEQUENCE),
     "a prompt longer than the text": (put("prompt_lengths", 7, 2), SEQUENCE),
@@ -132,7 +132,7 @@ def test_buffers(change: Change, message: str, generation: Path) -> None:
 
 
 def test_no_buffer(tmp_path: Path) -> None:
-    refused(lambda: AnchorBuffer.latest(tmp_path), BufferError, "No anchor buffer in .*run a rollout first", tmp_path)
+    refused(lambda: AnchorBuffer.latest(tmp_path), BufferError, "No anchor buffer in .*roll out first", tmp_path)
     (tmp_path / "generation-00000").write_text("")
     refused(lambda: AnchorBuffer.latest(tmp_path), BufferError, GENERATION, tmp_path)
 

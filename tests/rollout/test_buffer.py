@@ -144,7 +144,7 @@ def test_another_format(tmp_path: Path) -> None:
 
 
 def test_no_buffer_at_all(tmp_path: Path) -> None:
-    with pytest.raises(BufferError, match="run a rollout first"):
+    with pytest.raises(BufferError, match="roll out first"):
         AnchorBuffer.latest(tmp_path)
 
 

@@ -59,7 +59,10 @@ def test_messages(tmp_path: Path) -> None:
         unavailable(str(tmp_path), OSError("\n  no weights\nmore"))
         == f"The target {tmp_path} could not be loaded: no weights. " + MEND
     )
-    assert unavailable("a/b", RuntimeError("out of memory")) == "The target a/b could not be loaded: out of memory. " + MEND
+    assert (
+        unavailable("a/b", RuntimeError("out of memory"))
+        == "The target a/b could not be loaded: out of memory. " + MEND
+    )
     assert "KeyError" in unavailable(str(tmp_path), KeyError())
     missing = unavailable("a/b", OSError("no route"))
     assert "a/b" in missing and "target.path=DIR" in missing

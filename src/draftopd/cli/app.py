@@ -44,8 +44,9 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         sys.exit(f"Error: {str(error).splitlines()[0]}")
     except InstantiationException as error:
         # A part refused its arguments: what it said is the cause, Hydra's wrapping is not for users.
-        if isinstance(error.__cause__, DraftOPDError | ValueError):
-            sys.exit(f"Error: {error.__cause__}")
+        cause = error.__cause__
+        if isinstance(cause, DraftOPDError | ValueError) or type(cause).__name__ == "MisconfigurationException":
+            sys.exit(f"Error: {cause}")
         raise
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
@@ -56,6 +57,7 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
     """What is wrong with the overrides, or None."""
     from draftopd.cli.nearest import nearest
+    from draftopd.cli.secrets import exposed
 
     groups = {path.name for path in configs.iterdir() if path.is_dir()}
     chosen = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
@@ -89,13 +91,12 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
                     return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
                 if key not in known:
                     return f"{key} is no configuration key: {nearest(key, known | groups)}"
-            compose(name, overrides)
+            return exposed(compose(name, overrides))
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return re.sub(r"\s+", " ", " ".join(lines[:2]))
     finally:
         GlobalHydra.instance().clear()
-    return None
 
 
 def _keys(config: DictConfig, prefix: str = "") -> set[str]:

@@ -10,19 +10,21 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.callbacks.draft_viewer import DraftViewer
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
+from draftopd.cli.check import check, check_value
 from draftopd.cli.record import write_record
 from draftopd.cli.report import TrainingReport, print_report
 from draftopd.data.replay_datamodule import ReplayDataModule
@@ -45,6 +47,7 @@ def run(config: DictConfig) -> TrainingReport:
         DraftOPDError: with one clear message, for anything the user can mend.
     """
     began = time.perf_counter()
+    check_values(config)
     _quiet()
     directory = Path(HydraConfig.get().runtime.output_dir)
     L.seed_everything(config.seed, verbose=False)
@@ -103,6 +106,17 @@ def run(config: DictConfig) -> TrainingReport:
         (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
         print_report(report)
     return report
+
+
+def check_values(config: DictConfig) -> None:
+    """Names, types and ranges of the values that no part is made with by Hydra.
+
+    Raises:
+        ConfigError: naming the one that does not fit.
+    """
+    target = f"{DraftModule.__module__}.{DraftModule.__qualname__}"
+    check(OmegaConf.to_container(OmegaConf.merge(config.module, {"_target_": target}), resolve=True), "module")
+    check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
 
 
 def first_texts(

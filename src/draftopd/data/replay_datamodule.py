@@ -9,6 +9,7 @@ from typing import Any
 
 import lightning as L
 import torch
+from pydantic import PositiveInt
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
@@ -199,15 +200,15 @@ class ReplayDataModule(L.LightningDataModule):
         self,
         train_prompts: PromptSource,
         validation_prompts: PromptSource,
-        prompts_per_refresh: int,
-        validation_count: int,
-        batch_size: int = 16,
+        prompts_per_refresh: PositiveInt,
+        validation_count: PositiveInt,
+        batch_size: PositiveInt = 16,
         anchors: AnchorChoice = "visited",
-        anchors_per_sequence: int | None = 64,
-        batches_per_epoch: int | None = None,
-        validation_batch_size: int = 64,
+        anchors_per_sequence: PositiveInt | None = 64,
+        batches_per_epoch: PositiveInt | None = None,
+        validation_batch_size: PositiveInt = 64,
         thinking: bool = True,
-        max_prompt_tokens: int = 512,
+        max_prompt_tokens: PositiveInt = 512,
         seed: int = 0,
     ) -> None:
         super().__init__()

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -131,13 +132,13 @@ class DFlashDrafter(Drafter):
         tokenizer: PreTrainedTokenizerBase,
         texts: object = None,
         checkpoint: str | None = None,
-        num_layers: int = 5,
+        num_layers: PositiveInt = 5,
         block_size: int | None = None,
         default_block_size: int = 16,
         mask_token_id: int | None = None,
         target_layer_ids: list[int] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
     ) -> Self:
         """The drafter of a checkpoint, or a fresh one, checked against the target.
 

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -149,10 +150,10 @@ class Eagle3Drafter(AutoregressiveDrafter):
         checkpoint: str | None = None,
         block_size: int | None = None,
         default_block_size: int = 8,
-        draft_vocab_size: int | None = None,
+        draft_vocab_size: PositiveInt | None = None,
         target_layer_ids: list[int] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
         norm_before_residual: bool = False,
     ) -> Self:
         """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.

@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -95,8 +96,8 @@ class MTPDrafter(AutoregressiveDrafter):
         checkpoint: str | None = None,
         block_size: int | None = None,
         default_block_size: int = 4,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
         from_last_layer: bool = True,
     ) -> Self:
         """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.

@@ -188,7 +188,10 @@ class AnchorBuffer:
         """The newest complete generation under ``root``."""
         found = sorted(Path(root).glob("generation-*"))
         if not found:
-            raise BufferError(f"No anchor buffer in {root}: run a rollout first (the refresh callback does).")
+            raise BufferError(
+                f"No anchor buffer in {root}: use a run's anchors directory, or roll out first (the refresh callback "
+                "does)."
+            )
         return cls(found[-1])
 
     def __len__(self) -> int:

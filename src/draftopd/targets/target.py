@@ -302,11 +302,14 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     path = resolve(path)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=local_only(path)
         )
     except Exception as error:  # the tokenizers library knows no other
         raise TargetError(unavailable(path, error)) from error
+    if tokenizer.vocab_size < 2:  # transformers makes one of nothing
+        raise TargetError(f"The target {path} has no tokenizer.json, or an empty one: copy or download it again.")
+    return tokenizer
 
 
 def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
