@@ -88,6 +88,7 @@ ROWS: dict[str, tuple[Change, str]] = {
     "step a text": (manifest(step="5"), "5 where a whole number belongs"),
     "tokens below 0": (manifest(tokens=-1), "-1 where a count belongs"),
     "blocks infinite": (manifest(blocks=float("inf")), "inf where a whole number belongs"),
+    "step a nested list": (content(b'{"generation": 0, "step": ' + b"[" * 900 + b"]" * 900 + b"}"), GENERATION),
     "another format": (manifest(format=99), "format 99, this version reads 2: roll out again"),
     "shards a list": (manifest(shards=[NAME]), GENERATION),
     "shards null": (manifest(shards=None), GENERATION),
@@ -137,25 +138,25 @@ def test_no_buffer(tmp_path: Path) -> None:
     refused(lambda: AnchorBuffer.latest(tmp_path), BufferError, GENERATION, tmp_path)
 
 
-@pytest.mark.parametrize("edit", [
-    lambda t: t.pop("responses"),
-    lambda t: t.update(responses_offsets=torch.tensor([0, 99])),
-    lambda t: t.update(prompts_offsets=torch.tensor([-5, 2])),
-    lambda t: t.update(responses_offsets=torch.tensor([0, 1, 2])),
-])  # fmt: skip
-def test_texts_that_do_not_add_up_are_asked_for_again(
-    edit: Callable[[dict[str, Tensor]], object], tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_texts_that_do_not_add_up_are_asked_for_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is refused here: the store leaves the shard alone, says so, and has no such text."""
-    with TrajectoryStore(tmp_path, {}) as store:
-        store.add([1, 2], [3, 4])
-    (shard,) = tmp_path.glob("*/texts-*")
-    tensors = load_file(shard)
-    edit(tensors)
-    save_file(tensors, shard)
-    sealed = shard.with_name(f"texts-0-{zlib.crc32(shard.read_bytes()):08x}.safetensors")
-    shutil.move(shard, sealed)
-    before = snapshot(tmp_path)
-    assert TrajectoryStore(tmp_path, {}).get([1, 2]) is None
-    assert f"{sealed} is damaged" in caplog.text and "produced again" in caplog.text
-    assert snapshot(tmp_path) == before
+    edits: list[Callable[[dict[str, Tensor]], object]] = [
+        lambda t: t.pop("responses"),
+        lambda t: t.update(responses_offsets=torch.tensor([0, 99])),
+        lambda t: t.update(prompts_offsets=torch.tensor([-5, 2])),
+        lambda t: t.update(responses_offsets=torch.tensor([0, 1, 2])),
+    ]
+    for number, edit in enumerate(edits):
+        root = tmp_path / str(number)
+        with TrajectoryStore(root, {}) as store:
+            store.add([1, 2], [3, 4])
+        (shard,) = root.glob("*/texts-*")
+        tensors = load_file(shard)
+        edit(tensors)
+        save_file(tensors, shard)
+        sealed = shard.with_name(f"texts-0-{zlib.crc32(shard.read_bytes()):08x}.safetensors")
+        shutil.move(shard, sealed)
+        before = snapshot(root)
+        assert TrajectoryStore(root, {}).get([1, 2]) is None
+        assert f"{sealed} is damaged" in caplog.text and "produced again" in caplog.text
+        assert snapshot(root) == before

@@ -14,7 +14,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -221,7 +221,7 @@ def read_manifest(directory: Path) -> Manifest:
     try:
         raw = read_json((directory / "manifest.json").read_bytes())
         manifest = Manifest(**raw)
-        counts = [value for name, value in asdict(manifest).items() if name != "shards"]
+        counts = [getattr(manifest, field.name) for field in fields(manifest) if field.name != "shards"]
         for count in [*counts, *manifest.shards.values()]:
             if whole(count) < 0:
                 raise ValueError(f"{count} where a count belongs")
