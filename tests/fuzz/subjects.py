@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.recorded import JsonlTrajectories
 from draftopd.rollout.server_answers import AnswerError, from_generate, from_text, from_token_ids
 from draftopd.rollout.trajectories import Request
-from draftopd.targets.target import Target
+from draftopd.targets.target import Target, load_tokenizer
 from draftopd.targets.tiny_tokenizer import build_tokenizer
 from tests.conftest import randomize, small_model
 
@@ -53,8 +54,30 @@ def subjects(root: Path) -> dict[str, Subject]:
     target, tokenizer = Target(model), build_tokenizer(vocab_size=400, corpus=200)
     request = Request(target, None, tokenizer, lambda: [[5, 6]], range(3), frozenset({3}), Sampling(), 8, 64, seed=0)
     found = {"prompts": _prompts(root, PromptEncoder(tokenizer)), "recorded texts": _texts(root, request)}
-    found |= {"suites": _suites(root)} | _buffers(root) | _drafters(root, target) | _answers(request)
+    tokenizer.save_pretrained(root / "target")
+    found |= {"suites": _suites(root)} | _targets(root) | _buffers(root) | _drafters(root, target) | _answers(request)
     return found
+
+
+def _targets(root: Path) -> dict[str, Subject]:
+    place = root / "spoiled"
+    shutil.copytree(root / "target", place)
+
+    def reader(file: str, load: Callable[[str], object]) -> Subject:
+        whole = (place / file).read_bytes()
+
+        def read(data: bytes) -> None:
+            (place / file).write_bytes(data)
+            try:
+                load(str(place))
+            finally:
+                (place / file).write_bytes(whole)
+
+        return Subject([whole], read)
+
+    loads = {"config.json": Target.load, "model.safetensors": Target.load, "tokenizer_config.json": load_tokenizer}
+    loads |= {"tokenizer.json": load_tokenizer, "generation_config.json": Target.load}
+    return {f"target's {file}": reader(file, load) for file, load in loads.items()}
 
 
 def _prompts(root: Path, encoder: PromptEncoder) -> Subject:
