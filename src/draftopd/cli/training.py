@@ -115,7 +115,8 @@ def check_values(config: DictConfig) -> None:
         ConfigError: naming the one that does not fit.
     """
     target = f"{DraftModule.__module__}.{DraftModule.__qualname__}"
-    check(OmegaConf.to_container(OmegaConf.merge(config.module, {"_target_": target}), resolve=True), "module")
+    values: Any = OmegaConf.to_container(config.module, resolve=True)
+    check({"_target_": target, **values}, "module")
     check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
 
 
