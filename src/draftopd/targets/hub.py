@@ -11,6 +11,8 @@ from urllib.parse import urlsplit
 from urllib.request import getproxies
 
 from huggingface_hub.constants import ENDPOINT
+from safetensors import SafetensorError, safe_open
+from transformers import PreTrainedConfig
 
 from draftopd.errors import TargetError
 from draftopd.json_text import listed, read_json, shown
@@ -19,6 +21,11 @@ from draftopd.json_text import listed, read_json, shown
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
 
 BUNDLED = "bundled:"
+
+#: No target has more.
+MOST_LAYERS = 4096
+
+_EMBEDDINGS = {"model.embed_tokens.weight", "model.language_model.embed_tokens.weight"}
 
 
 def resolve(path: str) -> str:
@@ -62,6 +69,30 @@ def check_index(directory: str) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{index} cannot be read ({shown(str(error))}): copy or download it again.") from error
     check_places(places, directory)
+
+
+def check_width(directory: str, config: PreTrainedConfig) -> None:
+    """Refuse a local target whose config describes another width, or a depth that none has.
+
+    transformers takes the memory that the config asks for before it looks at the tensors.
+
+    Raises:
+        TargetError: naming both widths, or the depth.
+    """
+    layers, width = getattr(config, "num_hidden_layers", 1), getattr(config, "hidden_size", None)
+    if type(layers) is int and layers > MOST_LAYERS:
+        raise TargetError(f"config.json of {directory} describes {layers} layers: copy or download it again.")
+    for file in sorted(Path(directory).glob("*.safetensors")) if Path(directory).is_dir() else ():
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found = [tensors.get_slice(name).get_shape() for name in set(tensors.keys()) & _EMBEDDINGS]
+        except (OSError, SafetensorError):
+            continue  # the loader says what is wrong with it
+        if found and (len(found[0]) != 2 or found[0][1] != width):
+            raise TargetError(
+                f"config.json of {directory} describes a hidden_size of {shown(width, 40)}, but its embedding is "
+                f"{found[0]}: copy or download both again."
+            )
 
 
 def check_places(places: Iterable[object], path: str) -> None:

@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTra
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import check_index, local_only, resolve, unavailable
+from draftopd.targets.hub import check_index, check_width, local_only, resolve, unavailable
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -92,10 +92,13 @@ class Target(nn.Module):
         check_index(path)
         try:
             config = AutoConfig.from_pretrained(path, **options)
+            check_width(path, config.get_text_config())
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, device_map=device_map,
                 attn_implementation=attn_implementation, output_loading_info=True, use_safetensors=True, **options,
             )  # fmt: skip
+        except TargetError:
+            raise
         except Exception as error:  # whatever transformers stumbles over in files from elsewhere
             raise TargetError(unavailable(path, error)) from error
         if report["missing_keys"]:
