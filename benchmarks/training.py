@@ -3,32 +3,37 @@
     python benchmarks/training.py                                       # one shape
     python benchmarks/training.py --lengths 512 2048 8192 --anchors 32 256 --vocabularies 1000 32000 151936
     python benchmarks/training.py --peer specforge PYTHON CHECKOUT --peer speculators PYTHON -
+    python benchmarks/training.py --peer specforge,--chunk-blocks=0 PYTHON CHECKOUT     # with options of its own
 
 The core step is what a DFlash trainer does once the target's features are there: draft at random anchors, cross
 entropy on the text's tokens, backward. Peers run theirs on the same shapes in processes of their own, in turns with
 ours (see `training_peer.py`, which says what their steps hold). With `--target-layers N` a random Qwen3 target of N
-layers reads the text first, and its time stands beside the others. The floor is the matrix multiplications' operations
-by the rate that this machine reaches in a large one. Results go to a JSON file.
+layers reads the text first, and its time stands beside the others; `--loss asymmetric_kl` then lets it score the
+proposals too, as Draft-OPD does. The floor is the matrix multiplications' operations by the rate that this machine
+reaches in a large one. Results go to a JSON file. `gpu.py` runs this with the shapes of real targets.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
 import torch
-from machine import arguments, describe
-from transformers import Qwen3Config, Qwen3ForCausalLM
+from machine import arguments, describe, fresh_peak, held, multiplication_rate
+from transformers import AutoModelForCausalLM, Qwen3Config
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
+from draftopd.losses.asymmetric_kl import AsymmetricKL
+from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.replay import ReplayBatch, replay
 from draftopd.stopwatch import Stopwatch
@@ -38,12 +43,24 @@ RESULTS = Path(__file__).parent / "results" / "training.json"
 SHAPE = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "block", "batch", "taps", "rounds")
 
 
+LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": AsymmetricKL}
+
+
+class Parts(Stopwatch):
+    """The target's two passes apart: reading the text, then scoring the proposals."""
+
+    @contextmanager
+    def __call__(self, section: str) -> Iterator[None]:
+        with super().__call__("scoring" if section == "target" and section in self.seconds else section):
+            yield
+
+
 class GivenFeatures(Target):
     """A target whose features are given, so that only the drafter's side is timed."""
 
     features: torch.Tensor
 
-    def read_features(self, ids: torch.Tensor) -> torch.Tensor:
+    def read_features(self, ids: torch.Tensor, begins: torch.Tensor | None = None) -> torch.Tensor:
         return self.features
 
 
@@ -52,51 +69,61 @@ def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBat
     common = {
         "vocab_size": options.vocabulary, "hidden_size": options.hidden, "intermediate_size": options.intermediate,
         "num_attention_heads": options.heads, "num_key_value_heads": options.kv_heads, "head_dim": options.head_dim,
-        "max_position_embeddings": options.length + options.block, "tie_word_embeddings": False,
+        "max_position_embeddings": options.length + options.block, "tie_word_embeddings": options.tied,
     }  # fmt: skip
     depth = max(options.taps, options.target_layers)
     kind = Target if options.target_layers else GivenFeatures
     dtype = getattr(torch, options.dtype)
-    target = kind(Qwen3ForCausalLM(Qwen3Config(num_hidden_layers=depth, **common)).to(options.device, dtype))
-    config = Qwen3Config(num_hidden_layers=options.layers, **common)
-    taps = tuple(range(options.taps))
-    drafter = DFlashDrafter(config, options.block, taps, options.vocabulary - 1, depth).to(options.device)
+    taps = taps_of(options)
+    with torch.device(options.device):
+        shape = Qwen3Config(num_hidden_layers=depth, **common)
+        target = kind(AutoModelForCausalLM.from_config(shape, dtype=dtype)).to(options.device)
+        config = Qwen3Config(num_hidden_layers=options.layers, **common)
+        drafter = DFlashDrafter(config, options.block, taps, options.vocabulary - 1, depth)
     target.tap(taps)
     ids = torch.randint(options.vocabulary - 1, (options.batch, options.length))
     anchors = torch.stack(
         [torch.randperm(options.length - options.block)[: options.anchors].sort().values for _ in range(options.batch)]
     )
     if isinstance(target, GivenFeatures):
-        target.features = torch.randn(options.batch, options.length, options.taps * options.hidden).to(
+        target.features = torch.randn(options.batch, options.length, len(taps) * options.hidden).to(
             options.device, dtype
         )
     lengths = torch.full((options.batch,), options.length)
     batch = ReplayBatch(ids, torch.zeros_like(lengths), lengths, anchors, torch.ones_like(anchors).bool(), -lengths)
-    return target, drafter, ReplayBatch(*(t.to(options.device) for t in batch))
+    return target, drafter, ReplayBatch(*(t.to(options.device) for t in batch if isinstance(t, torch.Tensor)))
+
+
+def taps_of(options: argparse.Namespace) -> tuple[int, ...]:
+    """The lowest layers where the features are given or the target is shallow, else as the DFlash release taps."""
+    deep = options.target_layers > options.taps + 2
+    return default_target_layers(options.taps, options.target_layers) if deep else tuple(range(options.taps))
 
 
 def measure(options: argparse.Namespace) -> dict[str, object]:
     """Seconds by part and peak memory of the core step, in this process."""
     target, drafter, batch = build(options)
-    loss, optimizer = CrossEntropy(gamma=7.0), torch.optim.AdamW(drafter.parameters(), lr=1e-4)
-    cuda = options.device == "cuda"
-
-    def held() -> float:
-        return torch.cuda.max_memory_allocated() if cuda else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-
-    before, parts, steps = held(), [], []
+    loss: Loss = LOSSES[options.loss]()
+    optimizer = torch.optim.AdamW(drafter.parameters(), lr=1e-4)
+    mixed = torch.autocast(options.device, torch.bfloat16, enabled=options.autocast)
+    before, parts, steps = fresh_peak(options.device), [], []
     for _ in range(options.rounds + 1):
-        clock = Stopwatch()
+        clock = Parts()
         began = time.perf_counter()
-        blocks = replay(target, drafter, batch, Sampling(), frozenset(), teacher="none", clock=clock, propose=False)
-        with clock("loss"):
-            value = loss(blocks).loss
+        with mixed:
+            blocks = replay(
+                target, drafter, batch, Sampling(), frozenset(), teacher=loss.teacher, clock=clock,
+                propose=loss.uses_proposals,
+            )  # fmt: skip
+            with clock("loss"):
+                value = loss(blocks).loss
         with clock("backward"):
             value.backward()
         steps.append(time.perf_counter() - began)
-        peak = held()
+        peak = held(options.device)
         if options.optimizer:
             with clock("optimizer"):
+                torch.nn.utils.clip_grad_norm_(drafter.parameters(), 1.0)
                 optimizer.step()
         optimizer.zero_grad()
         parts.append(dict(clock.seconds))
@@ -105,10 +132,13 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     return {
         "seconds": seconds,
         "tokens_per_second": tokens / seconds,
+        "held_mib": before / 2**20,
         "peak_mib": (peak - before) / 2**20,
         "loss": float(value.detach()),
         "parts": {name: statistics.median(p[name] for p in parts[1:]) for name in parts[0]},
-        "floor_seconds": operations(options) / machine_rate(options),
+        "operations": operations(options),
+        "floor_seconds": operations(options)
+        / multiplication_rate(options.device, "bfloat16" if options.autocast else options.dtype),
     }
 
 
@@ -117,24 +147,15 @@ def operations(options: argparse.Namespace) -> float:
     h, width, kv = options.hidden, options.heads * options.head_dim, options.kv_heads * options.head_dim
     tokens, slots = options.batch * options.length, options.batch * options.anchors * options.block
     layer = 2 * h * (width + 2 * kv) + 2 * width * h + 6 * h * options.intermediate
-    context = 2 * options.taps * h * h + options.layers * 2 * h * 2 * kv
+    context = 2 * len(taps_of(options)) * h * h + options.layers * 2 * h * 2 * kv
     head = 2 * h * options.vocabulary * (slots - options.batch * options.anchors)
     # Forward, and backward for states and weights; the frozen head has none for its weights.
     drafter = 3 * (tokens * context + slots * options.layers * layer) + 2 * head
-    return drafter + tokens * options.target_layers * layer
-
-
-def machine_rate(options: argparse.Namespace) -> float:
-    """Operations a second of a large matrix multiplication here."""
-    a = torch.randn(2048, 2048, device=options.device, dtype=getattr(torch, options.dtype))
-    best = float("inf")
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        if options.device == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - began)
-    return 2 * 2048**3 / best
+    if options.loss == "cross_entropy":
+        # Nothing above the last tapped layer is read.
+        return drafter + bool(options.target_layers) * tokens * (taps_of(options)[-1] + 1) * layer
+    # The text read and the blocks scored; the head once for the proposals, for verifying them and for the teacher.
+    return drafter + (tokens + slots) * options.target_layers * layer + 3 * head
 
 
 def run(command: list[str]) -> dict[str, float]:
@@ -156,26 +177,38 @@ def main() -> None:
     parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
     parser.add_argument("--anchors", type=int, nargs="+", default=[64], help="for each sequence")
     parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000])
+    parser.add_argument("--cases", nargs="+", metavar="LENGTH,ANCHORS,VOCABULARY", help="instead of all combinations")
     parser.add_argument("--target-layers", type=int, default=0)
+    parser.add_argument("--loss", choices=LOSSES, default="cross_entropy")
+    parser.add_argument("--tied", action="store_true", help="the target's head is its embedding")
+    parser.add_argument("--autocast", action="store_true", help="bfloat16 where trainer.precision=bf16-mixed has it")
     parser.add_argument("--turns", type=int, default=1, help="of ours and of the peers'; the median counts")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32", help="the target's; the drafter's is float32")
     parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("NAME", "PYTHON", "CHECKOUT"))
-    parser.add_argument("--optimizer", action="store_true", help="time AdamW's step too")
+    parser.add_argument("--optimizer", action="store_true", help="time clipping and AdamW's step too")
     parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
+    if options.loss != "cross_entropy" and not options.target_layers:
+        parser.error(f"--loss {options.loss} asks the target: give --target-layers too.")
     if options.case:
         options.length, options.anchors, options.vocabulary = options.case
         print(json.dumps(measure(options)))
         return
     cases = []
-    for case in product(options.lengths, options.anchors, options.vocabularies):
+    chosen = product(options.lengths, options.anchors, options.vocabularies)
+    if options.cases:
+        chosen = [tuple(map(int, case.split(","))) for case in options.cases]
+    for case in chosen:
         length, anchors, vocabulary = map(str, case)
         ours = [sys.executable, __file__, *sys.argv[1:], "--case", length, anchors, vocabulary]
         shape = [*shape_of(options), "--length", length, "--anchors", anchors, "--vocab", vocabulary]
         peer = str(Path(__file__).with_name("training_peer.py"))
-        commands = {"draftopd": ours} | {n: [python, peer, n, where, *shape] for n, python, where in options.peer}
+        commands = {"draftopd": ours}
+        for name, python, where in options.peer:
+            kind, *own = name.split(",")
+            commands[name] = [python, peer, kind, where, *shape, *own]
         turns = [{name: run(command) for name, command in commands.items()} for _ in range(options.turns)]
         row = {"length": case[0], "anchors": case[1], "vocabulary": case[2], "turns": turns}
         seconds, memory = (

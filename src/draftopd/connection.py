@@ -15,7 +15,7 @@ import httpx2
 import tenacity
 
 from draftopd.errors import ConfigError, ServerError
-from draftopd.json_text import is_text, listed, read_json, shown
+from draftopd.json_text import is_text, listed, parse_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -183,7 +183,7 @@ class Line:
                     raise answer
 
     def send(
-        self, method: str, path: str, body: dict[str, Any] | None = None, read: Callable[[str], Any] = read_json
+        self, method: str, path: str, body: dict[str, Any] | None = None, read: Callable[[str], Any] = parse_json
     ) -> Any:
         """What the server answers, read as JSON unless told otherwise, after as many tries as it takes.
 

@@ -29,5 +29,9 @@ class ConfigError(DraftOPDError):
     """The composed configuration holds a wrong name or value."""
 
 
+class FileError(DraftOPDError):
+    """A file cannot be written, is damaged or not what it should be; or another run holds its directory."""
+
+
 class NumericsError(DraftOPDError):
     """A loss or gradient is not finite."""

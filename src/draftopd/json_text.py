@@ -10,7 +10,7 @@ from typing import Any
 MAX_LINE = 16 * 2**20
 
 
-def read_json(text: str | bytes) -> Any:
+def parse_json(text: str | bytes) -> Any:
     """What a JSON text says.
 
     Raises:

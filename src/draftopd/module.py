@@ -2,37 +2,57 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
 import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
+from torch.optim import Optimizer
 
 from draftopd import ranks
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
+from draftopd.drafters.attention import Kernel
 from draftopd.drafters.base import Drafter
-from draftopd.errors import NumericsError
+from draftopd.errors import ConfigError
+from draftopd.interruption import ends_at_once
 from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength
 from draftopd.metrics.agreement import Agreement, slot_agreement
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+from draftopd.nonfinite import Skips, drop_gradients, keep_batch, largest_gradient, nonfinite_gradients
 from draftopd.replay import ReplayBatch, replay
 from draftopd.rollout.fresh import FreshAnchors
+from draftopd.sharding import Shards
 from draftopd.stopwatch import Stopwatch
 from draftopd.targets.target import Target
+
+log = logging.getLogger(__name__)
 
 #: Ranges of the options, for the check of configurations.
 Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1)]
+
+
+@dataclass
+class _Step:
+    """The micro-batches of one optimizer step: their figures, summed on the device, and what a bad step is told by."""
+
+    names: list[str] = field(default_factory=list)
+    figures: Tensor | None = None
+    batches: list[ReplayBatch] = field(default_factory=list)
+    losses: list[Tensor] = field(default_factory=list)
 
 
 class DraftModule(L.LightningModule):
@@ -52,8 +72,13 @@ class DraftModule(L.LightningModule):
         verification: acceptance rule above temperature 0, in replay and validation.
         seed: of proposals drawn above temperature 0.
         compiled: decode through torch.compile in validation.
-        activation_checkpointing: see :attr:`~draftopd.drafters.base.Drafter.activation_checkpointing`.
+        activation_checkpointing, attention: see :class:`~draftopd.drafters.base.Drafter`.
         fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
+        max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; more than these end the run.
+        keep_nonfinite: how many of their batches, the newest, are kept in the run directory, a rank.
+
+    Raises:
+        ConfigError: if one of the last two is negative.
     """
 
     def __init__(
@@ -69,17 +94,23 @@ class DraftModule(L.LightningModule):
         warmup: Share = 0.05,
         final_rate: Share = 0.0,
         activation_checkpointing: bool = False,
+        attention: Kernel = "auto",
         max_new_tokens: int = 256,
         verification: Verification = "rejection_sampling",
         seed: int = 0,
         compiled: bool = False,
         fresh: FreshAnchors | None = None,
+        max_skipped_in_a_row: int = 10,
+        keep_nonfinite: int = 3,
     ) -> None:
         super().__init__()
+        if keep_nonfinite < 0:
+            raise ConfigError(f"module.keep_nonfinite must be 0 or more, found {keep_nonfinite}.")
+        self.skips, self.keep_nonfinite = Skips(max_skipped_in_a_row), keep_nonfinite
         drafter.check_fits(target)
         self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter = drafter
-        drafter.activation_checkpointing = activation_checkpointing
+        drafter.activation_checkpointing, drafter.attention = activation_checkpointing, attention
         self.loss = loss
         self.sampling, self.stop, self.verification = sampling, stop, verification
         self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
@@ -90,6 +121,11 @@ class DraftModule(L.LightningModule):
         #: Seconds of rollouts and steps, validation left out; set at each validation.
         self.training_seconds = 0.0
         self._clock_started: float | None = None
+        self._shards: Shards | None = None
+        self._validating = ExitStack()
+        self._step = _Step()
+        #: Held-out micro tau before training and at the last validation; NaN where there was none.
+        self.tau_before = self.tau_after = float("nan")
         slots = drafter.num_proposals
         self.agreement = Agreement()
         self.by_entropy = EntropyAcceptance()
@@ -103,49 +139,117 @@ class DraftModule(L.LightningModule):
         return self._frozen[0]
 
     def setup(self, stage: str) -> None:
-        if getattr(self.target.model, "hf_device_map", None) is None:
+        if getattr(self.target.model, "hf_device_map", None) is None and self.device_mesh is None:
             self.target.to(self.trainer.strategy.root_device)
+
+    def configure_model(self) -> None:
+        """Spread target and drafter over the processes, where the strategy has a mesh of devices."""
+        if self.device_mesh is not None and self._shards is None:
+            self._shards = Shards(self.target, self.drafter, self.trainer.strategy.root_device)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Around rollouts: ranks may use target and drafter as often as their own texts need, but leave together.
+
+        Nothing else that ranks do together, sums and barriers, may happen inside.
+        """
+        return self._shards.decoding() if self._shards else nullcontext()
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        blocks = replay(
-            self.target, self.drafter, batch, self.sampling, self.stop,
-            teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
-            reanchor=self._fresh_anchors if self.fresh else None,
-            with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
-            measure=self._measure if logs_now else None, propose=self.loss.uses_proposals,
-        )  # fmt: skip
+        measured: list[Blocks] = []
+        with self._shards.step() if self._shards else nullcontext():
+            blocks = replay(
+                self.target, self.drafter, batch, self.sampling, self.stop,
+                teacher=self.loss.teacher, generator=self._generator(), clock=self.clock,
+                reanchor=self._fresh_anchors if self.fresh else None,
+                with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
+                measure=measured.append if logs_now else None, propose=self.loss.uses_proposals,
+            )  # fmt: skip
+        while measured:
+            self._measure(measured.pop())
         with self.clock("loss"):
             output = self.loss(blocks)
-        if not torch.isfinite(output.loss):
-            raise NumericsError(
-                f"The loss is {output.loss.item()} at step {self.global_step}: lower module.learning_rate or the loss "
-                "weights and start again; checkpoints written before this step are intact."
-            )
-        self._log_step(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
+        self._note(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
         return output.loss
 
-    def _log_step(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
-        """Log the step over all ranks; by streams where the drafter's proposals are known."""
+    def _note(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
+        """Add a micro-batch's figures to the step's, on the device; by streams where proposals are known."""
         aged = batch.made_at[batch.made_at >= 0]
-        sums: list[Tensor | int] = [blocks.accepted.sum(), len(blocks.accepted), aged.sum(), len(aged)]
-        sums += [batch.lengths.sum(), batch.ids.numel()]
-        values = {"loss": output.loss}
+        figures: dict[str, Tensor | int] = {"loss": output.loss.detach()}
         if proposed:
-            values |= {f"loss_{name}": value for name, value in output.parts.items()}
-        numbers: list[Tensor | int] = [*values.values(), *sums]
-        packed = torch.stack([torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in numbers])
-        *means, accepted, slots, made_at, known, tokens, places = ranks.total(packed).tolist()
-        self.tokens_seen += int(tokens)
-        logged = {name: mean / ranks.count() for name, mean in zip(values, means, strict=True)}
-        logged |= {"tokens": float(self.tokens_seen), "padding": 1 - tokens / places}
-        if proposed:
-            logged["accepted_length"] = accepted / max(1.0, slots)
+            figures |= {f"loss_{name}": value for name, value in output.parts.items()}
+            figures |= {"_accepted": blocks.accepted.sum(), "_slots": len(blocks.accepted)}
+        figures |= {"_made_at": aged.sum(), "_aged": len(aged)}
+        figures |= {"_tokens": batch.lengths.sum(), "_places": batch.ids.numel()}
+        packed = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in figures.values()]
+        step = self._step
+        step.names = list(figures)
+        step.figures = torch.stack(packed) if step.figures is None else step.figures + torch.stack(packed)
+        step.batches.append(batch)
+        step.losses.append(output.loss.detach())
+
+    def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
+        """Log the step over all ranks; where its loss or a gradient is not finite, leave it without gradients.
+
+        One transfer brings the figures of the loss and of the gradients, as they are after the sum over ranks.
+        """
+        step, self._step = self._step, _Step()
+        assert step.figures is not None
+        wrong = 1 - largest_gradient(optimizer).isfinite().to(step.figures)
+        *sums, wrong_ranks = ranks.total(torch.cat([step.figures, wrong[None]])).tolist()
+        figures = dict(zip(step.names, sums, strict=True))
+        if math.isfinite(figures["loss"]) and not wrong_ranks:
+            self.skips.taken()
+        else:
+            self._skip(step, optimizer, figures["loss"])
+        self._log_step(figures, ranks.count() * len(step.batches))
+
+    def _skip(self, step: _Step, optimizer: Optimizer, loss: float) -> None:
+        """Let the optimizer find no gradient; every rank comes here at the same step, with the loss of all.
+
+        Raises:
+            NumericsError: after too many steps in a row.
+        """
+        scaler = getattr(self.trainer.precision_plugin, "scaler", None)
+        if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
+            # Ordinary under float16: the scaler lowers the scale and the next step fits.
+            self.skips.rescaled()
+            drop_gradients(optimizer)
+            return
+        self.skips.skipped()
+        about = {
+            "step": self.global_step, "epoch": self.current_epoch, "rank": self.global_rank, "ranks": ranks.count(),
+            "seed": self.seed, "skipped_in_a_row": self.skips.in_a_row,
+            "nonfinite_gradients": nonfinite_gradients(self.drafter),
+        }  # fmt: skip
+        losses = torch.stack(step.losses).tolist()
+        path = keep_batch(
+            Path(self.trainer.default_root_dir) / "nonfinite", self.keep_nonfinite, step.batches, losses, about
+        )
+        drop_gradients(optimizer)
+        what = "A gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
+        if self.trainer.is_global_zero:
+            log.warning("%s: step %d is skipped%s.", what, self.global_step, f", its batch is {path}" if path else "")
+        self.skips.check(self.global_step, what)
+
+    def _log_step(self, figures: dict[str, float], terms: int) -> None:
+        """Log an optimizer step.
+
+        Args:
+            figures: summed over ranks and micro-batches.
+            terms: how many of these there were.
+        """
+        self.tokens_seen += int(figures["_tokens"])
+        logged = {name: total / terms for name, total in figures.items() if not name.startswith("_")}
+        logged |= {"tokens": float(self.tokens_seen), "padding": 1 - figures["_tokens"] / figures["_places"]}
+        logged["skipped_steps"] = float(self.skips.total)
+        if "_accepted" in figures:
+            logged["accepted_length"] = figures["_accepted"] / max(1.0, figures["_slots"])
         if self.fresh:
             logged["anchor_age"] = 0.0
-        elif known:
-            logged["anchor_age"] = self.global_step - made_at / known
-        self.log_dict({f"train/{k}": v for k, v in logged.items()}, batch_size=len(blocks.accepted))
+        elif figures["_aged"]:
+            logged["anchor_age"] = self.global_step - figures["_made_at"] / figures["_aged"]
+        self.log_dict({f"train/{k}": v for k, v in logged.items()})
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
 
     def _measure(self, blocks: Blocks) -> None:
@@ -163,11 +267,13 @@ class DraftModule(L.LightningModule):
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """The drafter as it decodes: without dropout, whatever it is in training."""
+        """The drafter as it decodes: without dropout, whatever it is in training, and in the trainer's precision."""
         training = self.drafter.training
         self.drafter.eval()
         try:
-            yield
+            # Hooks of callbacks, unlike those of steps, run outside of it.
+            with self.trainer.precision_plugin.forward_context():
+                yield
         finally:
             self.drafter.train(training)
 
@@ -181,14 +287,16 @@ class DraftModule(L.LightningModule):
         return found
 
     def on_fit_start(self) -> None:
+        self._step = _Step()
         self._clock_started = time.perf_counter() - self.training_seconds - self.clock.seconds["validation"]
 
     def on_validation_epoch_start(self) -> None:
         for metric in (self.tau, self.by_position, self.rejections):
             metric.reset()
+        self._validating.enter_context(self.decoding())
 
     def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
-        with self.clock("validation"):
+        with self.clock("validation"), ends_at_once():
             generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
             decoded = self.decoder().decode_batch(batch, generator)
         self.tau.update([d.emitted for d in decoded])
@@ -198,12 +306,18 @@ class DraftModule(L.LightningModule):
         self.by_position.update(accepted)
         self.rejections.update(accepted)
 
+    def end_of_decoding(self) -> None:
+        """Validation has decoded: wait for the other ranks, before anything is summed over them."""
+        self._validating.close()
+
     def on_validation_epoch_end(self) -> None:
+        self.end_of_decoding()
         if self._clock_started is not None:
             elapsed = time.perf_counter() - self._clock_started
             self.training_seconds = elapsed - self.clock.seconds["validation"]
             self.log("time/training_seconds", self.training_seconds)
         tau = {name: value.float() for name, value in self.tau.compute().items()}
+        self.tau_after = float(tau["micro"])
         self.log("val/tau", tau["micro"], prog_bar=True, sync_dist=False)
         self.log("val/tau_macro", tau["macro"])
         for slot, rate in enumerate(self.by_position.compute().tolist(), start=1):
@@ -237,11 +351,16 @@ class DraftModule(L.LightningModule):
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)
         checkpoint["training_seconds"] = self.training_seconds
+        checkpoint["skipped_steps"] = self.skips.state()
+        checkpoint["tau"] = (self.tau_before, self.tau_after)
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.seconds.update(checkpoint["seconds"])
         self.training_seconds = checkpoint["training_seconds"]
+        if "skipped_steps" in checkpoint:  # absent in checkpoints that raised instead of skipping
+            self.skips.restore(checkpoint["skipped_steps"])
+        self.tau_before, self.tau_after = checkpoint["tau"]
 
     def _generator(self) -> torch.Generator | None:
         if self.sampling.greedy:

@@ -1,14 +1,23 @@
-"""Sums and means over the processes of a run; with one process, the value itself."""
+"""The processes of a run; sums and means over them are the value itself with one process."""
 
 from __future__ import annotations
 
+import os
+
 import torch.distributed as dist
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 
 def count() -> int:
     """How many processes train together."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the first of its run; from its environment, so that it is known before they have met."""
+    node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))
+    return getattr(rank_zero_only, "rank", 0) == 0 and int(node) == 0
 
 
 def total(value: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import CHUNK_ELEMENTS, best_tokens
+from draftopd.packing import Layout
 from draftopd.stopwatch import Stopwatch
 from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
@@ -30,6 +31,9 @@ class ReplayBatch(NamedTuple):
     ``ids [batch, n]`` padded on the right, ``starts [batch]`` the first response positions, ``lengths [batch]``,
     ``anchors [batch, A]`` padded, with ``anchor_mask [batch, A]`` True at the real ones. ``made_at [batch]``: how
     many optimizer steps the drafter had taken whose anchors these are; -1 where they are no drafter's.
+
+    With a ``layout`` several sequences stand in a row: ``ids [rows, n]``, and ``anchors [rows, A]`` are places in the
+    row. All else is by sequence, ``starts`` counted from the sequence's own beginning.
     """
 
     ids: Tensor
@@ -38,27 +42,42 @@ class ReplayBatch(NamedTuple):
     anchors: Tensor
     anchor_mask: Tensor
     made_at: Tensor
+    layout: Layout | None = None
+
+    @property
+    def begins(self) -> Tensor | None:
+        """``[rows, n]``: where in its row the sequence of each place begins; None where a row holds one sequence."""
+        return None if self.layout is None else self.layout.begins(self.ids)
+
+    def unpacked(self, packed: Tensor) -> Tensor:
+        """Values of each place of the rows ``[rows, n, ...]``, a row a sequence: ``[batch, longest, ...]``."""
+        return packed if self.layout is None else self.layout.unpacked(packed, int(self.lengths.max()))
 
     def at(self, chosen: Sequence[Tensor], made_at: int) -> ReplayBatch:
         """The same sequences at other anchors, one tensor of positions a sequence."""
-        anchors, mask = pad_anchors(chosen)
+        anchors, mask = pad_anchors(chosen if self.layout is None else self.layout.by_row(chosen, len(self.ids)))
         device = self.ids.device
         return self._replace(
             anchors=anchors.to(device), anchor_mask=mask.to(device), made_at=torch.full_like(self.made_at, made_at)
         )
 
 
-#: Chooses anchors once the target's features ``[batch, n, taps * hidden]`` and states ``[batch, n, hidden]`` (None
+#: Chooses anchors once the target's features ``[rows, n, taps * hidden]`` and states ``[rows, n, hidden]`` (None
 #: where they were not computed) are known.
 Reanchor = Callable[[ReplayBatch, Tensor, "Tensor | None"], ReplayBatch]
 
 
 def pad_anchors(chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Anchors ``[batch, A]`` padded with 0, and the mask of the real ones; ``A`` is at least 1."""
+    """Anchors ``[batch, A]`` padded with the row's last, and the mask of the real ones; ``A`` is at least 1.
+
+    A row of no anchors has zeros.
+    """
     count = max(1, *(len(places) for places in chosen))
     anchors = torch.zeros(len(chosen), count, dtype=torch.long)
     mask = torch.zeros(len(chosen), count, dtype=torch.bool)
     for row, places in enumerate(chosen):
+        if len(places):
+            anchors[row] = places[-1]  # it sees what the last does: no more of the row has to be read for it
         anchors[row, : len(places)] = places
         mask[row, : len(places)] = True
     return anchors, mask
@@ -103,20 +122,21 @@ def replay(
     clock = clock or Stopwatch()
     if teacher == "until_fail" and not sampling.greedy:
         teacher = "proposals"
-    cache = target.new_cache(batch.ids.shape[1])
+    cache, begins = target.new_cache(batch.ids.shape[1]), batch.begins
     with clock("target"):
         if teacher == "none" and not with_states and measure is None:
-            states, features = None, target.read_features(batch.ids)
+            states, features = None, target.read_features(batch.ids, begins)
         else:
-            states, features = target.read(batch.ids, cache)
+            states, features = target.read(batch.ids, cache, begins=begins)
     if reanchor is not None:
         with clock("walk"):
             batch = reanchor(batch, features, states)
     width = batch.ids.shape[1]
     slots = torch.arange(1, drafter.block_size, device=batch.ids.device)
     places = batch.anchors[..., None] + slots
-    recorded = places < batch.lengths[:, None, None]
-    labels = batch.ids[:, None].expand(-1, places.shape[1], -1).gather(2, places.clamp_max(width - 1))
+    ends = _ends(batch, begins)[..., None]
+    recorded = places < ends
+    labels = batch.ids[:, None].expand(-1, places.shape[1], -1).gather(2, torch.minimum(places, ends - 1))
     head = drafter.head(target)
     forced = drafter.autoregressive and teacher in ("recorded", "none")
     draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
@@ -131,7 +151,7 @@ def replay(
         return torch.where(recorded[..., part], labels[..., part], tokens) if forced else tokens
 
     with clock("drafter"):
-        draft = drafter.replay(target, features, batch.ids, batch.anchors, choose)
+        draft = drafter.replay(target, features, batch.ids, batch.anchors, choose, begins)
     kept = batch.anchor_mask
     student, proposals = draft.hidden[kept], torch.cat(own, -1)[kept]
     labels, recorded = labels[kept], recorded[kept]
@@ -141,7 +161,7 @@ def replay(
         """The blocks with the target's states along the tokens that the drafter went on from."""
         with clock("target"):
             tokens = torch.cat([batch.ids.gather(1, batch.anchors)[..., None], draft.tokens[..., :-1]], dim=-1)
-            teacher_states = target.score_blocks(cache, width, batch.anchors, tokens)[kept]
+            teacher_states = target.score_blocks(cache, width, batch.anchors, tokens, begins)[kept]
             possible = valid
             if verification == "rejection_sampling" and not sampling.greedy:
                 accepted = _accepted(
@@ -162,7 +182,7 @@ def replay(
     if teacher == "none" or states is None:
         blocks = Blocks(student, None, head, proposals, labels, accepted, valid, recorded, target.head)
     else:
-        before = (places - 1).clamp_max(width - 1)[kept]
+        before = torch.minimum(places, ends)[kept] - 1
         rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]
         if teacher == "recorded":
             # The text has the recorded stop token, if any; what the drafter proposed there does not end it.
@@ -176,6 +196,13 @@ def replay(
     if measure is not None:
         measure(replace(scored(), valid=valid))
     return blocks
+
+
+def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
+    """``[rows, A]``, or ``[rows, 1]`` where a row holds one sequence: where the anchors' sequences have ended."""
+    if batch.layout is None or begins is None:
+        return batch.lengths[:, None]
+    return batch.layout.ends(batch.ids, batch.lengths).gather(1, begins.gather(1, batch.anchors))
 
 
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:

@@ -16,6 +16,7 @@ from tests.bad_input.refusing import refused, snapshot
 from torch import Tensor
 
 from draftopd.errors import BufferError
+from draftopd.files import seal
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.trajectory_store import TrajectoryStore
 
@@ -31,9 +32,12 @@ def generation(tmp_path: Path) -> Path:
 
 
 def manifest(**changes: Any) -> Change:
+    """Other values, with a checksum that fits."""
+
     def change(place: Path) -> None:
         raw = json.loads((place / "manifest.json").read_text()) | changes
-        (place / "manifest.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
+        raw = {k: v for k, v in raw.items() if v is not ... and k != "checksum"}
+        (place / "manifest.json").write_text(json.dumps(raw | {"checksum": seal(raw)}))
 
     return change
 
@@ -71,7 +75,7 @@ def offsets(name: str, *values: int) -> Change:
     return put(f"{name}_offsets", *values, dtype=torch.int64)
 
 
-GENERATION = "is no anchor buffer generation: .*Delete it and roll out again"
+GENERATION = "is no whole anchor buffer generation: .*Delete it and roll out again"
 BROKEN = f"{NAME} cannot be read .*delete .*and roll out again"
 SEQUENCE = "Sequence [01] of .*do not fit its tokens.*roll out again"
 ROWS: dict[str, tuple[Change, str]] = {
@@ -89,7 +93,10 @@ ROWS: dict[str, tuple[Change, str]] = {
     "tokens below 0": (manifest(tokens=-1), "-1 where a count belongs"),
     "blocks infinite": (manifest(blocks=float("inf")), "inf where a whole number belongs"),
     "step a nested list": (content(b'{"generation": 0, "step": ' + b"[" * 900 + b"]" * 900 + b"}"), GENERATION),
-    "another format": (manifest(format=99), "format 99, this version reads 2: roll out again"),
+    "another format": (manifest(format=99), "format 99, this version reads 3.*roll out again"),
+    "a value changed": (content(b'{"format": 3, "checksum": 0, "step": 5}'), "is damaged: its checksum differs"),
+    "a shard outside": (manifest(shards={f"../{NAME}": 1}), "lies outside of it. Delete .* and roll out again"),
+    "a shard without a name": (manifest(shards={"": 1}), "names no file"),
     "shards a list": (manifest(shards=[NAME]), GENERATION),
     "shards null": (manifest(shards=None), GENERATION),
     "checksum a text": (manifest(shards={NAME: "0"}), "0 where a whole number belongs"),

@@ -17,7 +17,7 @@ from tests.bad_input.conftest import Copy
 from tests.bad_input.refusing import refused
 
 from draftopd.drafters.load import load_for
-from draftopd.errors import DrafterError
+from draftopd.errors import DrafterError, FileError
 from draftopd.interop.__main__ import read_any
 from draftopd.targets.target import Target
 
@@ -303,18 +303,27 @@ def ckpt(value: Any) -> Change:
     return lambda place: torch.save(value, place / "last.ckpt")
 
 
+def flipped(place: Path) -> None:
+    torch.save({"drafter": {}, "state_dict": {"drafter.norm": torch.ones(64)}}, place / "last.ckpt")
+    data = (place / "last.ckpt").read_bytes()
+    at = data.index(torch.ones(64).numpy().tobytes())
+    (place / "last.ckpt").write_bytes(data[:at] + b"\1" + data[at + 1 :])
+
+
 CKPT = "is no checkpoint of a training run, or damaged: .*Name a run's"
 TRAINING: dict[str, tuple[Change, str]] = {
     "empty": (content("last.ckpt", b""), CKPT),
     "text": (content("last.ckpt", b"not a checkpoint"), CKPT),
     "a list": (ckpt([1]), CKPT),
-    "nothing of a drafter": (ckpt({"state_dict": {}}), "'drafter'"),
+    "nothing of a drafter": (ckpt({"state_dict": {}}), "it holds no drafter"),
     "drafter a list": (ckpt({"drafter": [], "state_dict": {}}), "it holds no drafter"),
     "weights a list": (ckpt({"drafter": {}, "state_dict": []}), CKPT),
     "weights of numbers": (ckpt({"drafter": {}, "state_dict": {"drafter.norm": 1}}), "it holds no drafter"),
     "weights without names": (ckpt({"drafter": {}, "state_dict": {1: torch.ones(1)}}), CKPT),
     "a drafter of no kind": (ckpt({"drafter": {}, "state_dict": {}}), r"holds a \?, expected one of"),
     "a pickle that harms": (lambda p: torch.save({"drafter": Harm(p)}, p / "last.ckpt"), "which is never loaded"),
+    "a flipped bit": (flipped, "last.ckpt is damaged: the checksum of .* differs"),
+    "another format": (ckpt({"drafter": {}, "state_dict": {}, "draftopd_format": 99}), "has format 99, this version"),
     "a bare pickle that harms": (lambda p: (p / "last.ckpt").write_bytes(pickle.dumps(Harm(p))), CKPT),
 }
 
@@ -322,4 +331,5 @@ TRAINING: dict[str, tuple[Change, str]] = {
 @pytest.mark.parametrize(("change", "message"), TRAINING.values(), ids=TRAINING)
 def test_training_checkpoints(change: Change, message: str, tmp_path: Path) -> None:
     change(tmp_path)
-    refused(lambda: read_any(str(tmp_path / "last.ckpt")), DrafterError, message, tmp_path)
+    kind = DrafterError if "expected one of" in message else FileError
+    refused(lambda: read_any(str(tmp_path / "last.ckpt")), kind, message, tmp_path)

@@ -11,10 +11,11 @@ from tests.bad_input.refusing import refused
 
 from draftopd.data import prompts
 from draftopd.data.prompts import JsonlPrompts, ListedPrompts, PromptEncoder
-from draftopd.errors import ConfigError, PromptError
+from draftopd.errors import FileError, PromptError
 from draftopd.evaluation.benchmark import JsonlBenchmark
 from draftopd.evaluation.store import ResultStore
 from draftopd.evaluation.suites import Suite
+from draftopd.files import seal
 from draftopd.rollout import recorded
 from draftopd.rollout.recorded import JsonlTrajectories
 from draftopd.rollout.trajectories import Request
@@ -222,19 +223,35 @@ def test_chat_templates(template: str, message: str, tokenizer: Any, tmp_path: P
 
 
 @pytest.mark.parametrize(
-    ("marker", "rows", "message"),
+    ("marker", "message"),
     [
-        (b"{", b"", "examples.json cannot be read .*use another hydra.run.dir"),
-        (b"\xff", b"", "examples.json cannot be read"),
-        (b"[" * 9999, b"", "examples.json cannot be read .it nests too deeply"),
-        (b"[]", b"", "of other drafters, benchmarks or settings: use another"),
-        (b"{}", b"[1]\n", "examples.jsonl, line 1 holds no example's figures.*delete the file"),
-        (b"{}", b'{"benchmark": "a"}\n', "line 1 holds no example's figures"),
-        (b"{}", b'{"benchmark": "a", "example": "b", "results": {"x": [{"mismatch": 1}]}}\n', "line 1 holds no"),
-        (b"{}", b'{"benchmark": [], "example": "b", "results": {}}\n', "line 1 holds no"),
+        (b"{", "examples.json is damaged: it is no JSON .*Delete .*examples.jsonl to begin anew"),
+        (b"\xff", "examples.json is damaged: it is no JSON"),
+        (b"[" * 9999, "examples.json is damaged: it is no JSON .it nests too deeply"),
+        (b"[]", "has no format number and checksum"),
+        (b'{"format": 1, "checksum": 0}', "its checksum differs"),
+        (b'{"format": [9], "checksum": 0}', "has format .9., this version reads 1"),
     ],
 )
-def test_results_of_an_earlier_run(marker: bytes, rows: bytes, message: str, tmp_path: Path) -> None:
+def test_results_of_an_earlier_run(marker: bytes, message: str, tmp_path: Path) -> None:
     (tmp_path / "examples.json").write_bytes(marker)
-    (tmp_path / "examples.jsonl").write_bytes(rows)
-    refused(lambda: ResultStore(tmp_path, {}), ConfigError, message, tmp_path)
+    (tmp_path / "examples.jsonl").write_bytes(b"")
+    refused(lambda: ResultStore(tmp_path, {}), FileError, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        [1],
+        {"benchmark": "a"},
+        {"benchmark": "a", "example": "b", "results": {"x": [{"mismatch": 1}]}},
+        {"benchmark": "a", "example": "b", "results": {"x": [{"mismatch": None, "drafts": [1]}]}},
+        {"benchmark": [], "example": "b", "results": {}},
+    ],
+)
+def test_rows_of_results_that_are_none(row: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing is refused here, though the checksum fits: the example is decoded again."""
+    path = ResultStore(tmp_path, {}).path
+    path.write_text(json.dumps(row | {"checksum": seal(row)} if isinstance(row, dict) else row) + "\n")
+    assert ResultStore(tmp_path, {}).done == {} and path.read_bytes() == b""
+    assert "1 lines of" in caplog.text and "decoded again" in caplog.text

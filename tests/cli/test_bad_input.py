@@ -22,6 +22,15 @@ from draftopd.targets.target import Target
 DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 
 
+def test_a_run_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_text("")
+    problem = _problem(ROOT / "configs", "train", [f"hydra.run.dir={tmp_path / 'file' / 'run'}"])
+    assert problem and f"{tmp_path / 'file'} is a file. Choose another directory (hydra.run.dir=DIR)" in problem
+    monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
+    problem = _problem(ROOT / "configs", "eval", [f"hydra.run.dir={tmp_path / 'runs' / 'new'}"])
+    assert problem and f"{tmp_path} is read-only for you" in problem
+
+
 @pytest.mark.parametrize(
     "override", ["seed=3", "loss=forward_kl", "+trainer.fast_dev_run=true", "loss.gamma=0.5", "~logger"]
 )

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import yaml
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from tests.cli.conftest import ROOT
 
 from draftopd.cli.check import _locate, _parameters, check
+from draftopd.cli.training import check_sharding
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
 
@@ -40,3 +42,20 @@ def test_rollouts_and_texts(group: str) -> None:
 def test_arguments_of_the_base_class_are_checked_too(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         check({"_target_": "draftopd.losses.kl.JSD", **change}, "loss")
+
+
+@pytest.mark.parametrize(
+    "override, message",
+    [
+        ("compiled=true", "leave compiled=true out"),
+        ("rollout.compiled=true", "leave compiled=true out"),
+        ("target.device_map=auto", "leave target.device_map=auto out"),
+        ("trainer.inference_mode=true", "needs trainer.inference_mode=false"),
+    ],
+)
+def test_shares_are_refused_what_they_cannot_do(override: str, message: str) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        check_sharding(compose("train", ["trainer=ddp", f"++{override}"]))
+        check_sharding(compose("train", ["trainer=fsdp"]))
+        with pytest.raises(ConfigError, match=message):
+            check_sharding(compose("train", ["trainer=fsdp", override]))

@@ -10,6 +10,8 @@ import torch
 from tests.cli.conftest import SMALL, Script
 from torch import Tensor
 
+from draftopd.drafters.dflash import DFlashDrafter
+
 DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 #: Plain texts, so that one process and two see the same; all anchors, so that none is drawn; one step.
 COMMON = (
@@ -17,7 +19,7 @@ COMMON = (
     "module.warmup=0.5", "validate_first=false", "trainer.accelerator=cpu", "trainer.max_epochs=1",
     "trainer.log_every_n_steps=1",
 )  # fmt: skip
-TWO = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2")
+TWO = ("trainer.devices=2", "data.batch_size=2")
 
 
 def gradients(directory: Path) -> list[Tensor]:
@@ -34,9 +36,11 @@ def scalars(directory: Path, tag: str) -> list[float]:
     return [event.value for event in events.Scalars(tag)]
 
 
-@pytest.mark.parametrize("loss", ["cross_entropy", "asymmetric_kl", "e2e_tv"])
+@pytest.mark.parametrize(
+    "loss, trainers", [("cross_entropy", ["ddp"]), ("asymmetric_kl", ["ddp", "fsdp"]), ("e2e_tv", ["ddp"])]
+)
 def test_two_processes_take_the_step_of_one(
-    loss: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
+    loss: str, trainers: list[str], tmp_path: Path, chat_targets: dict[str, str], script: Script
 ) -> None:
     def run(name: str, *overrides: str) -> Path:
         directory = tmp_path / name
@@ -47,26 +51,34 @@ def test_two_processes_take_the_step_of_one(
         assert done.returncode == 0, done.stderr
         return directory
 
-    one, two = run("one", "data.batch_size=4"), run("two", *TWO)
-    assert scalars(two, "train/loss") == pytest.approx(scalars(one, "train/loss"), rel=1e-5)
-    assert len(scalars(two, "train/padding")) == 1
-    for found, expected in zip(gradients(two), gradients(one), strict=True):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
-    tokens = [json.loads((d / "report.json").read_text())["tokens"] for d in (one, two)]
-    assert tokens[0] == tokens[1]
+    one = run("one", "data.batch_size=4")
+    for trainer in trainers:
+        two = run(trainer, f"trainer={trainer}", *TWO)
+        assert scalars(two, "train/loss") == pytest.approx(scalars(one, "train/loss"), rel=1e-5)
+        assert len(scalars(two, "train/padding")) == 1
+        for found, expected in zip(gradients(two), gradients(one), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5 * float(expected.abs().max()))
+        tokens = [json.loads((d / "report.json").read_text())["tokens"] for d in (one, two)]
+        assert tokens[0] == tokens[1]
 
 
-def test_two_processes_roll_out_and_one_goes_on(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
-    """Draft-OPD on two ranks, then the same run continued by one."""
+@pytest.mark.parametrize("trainer", ["ddp", "fsdp"])
+def test_two_processes_roll_out_and_one_goes_on(
+    trainer: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    """Draft-OPD on two ranks, one of which decodes more prompts, then the same run continued by one."""
 
     def run(*overrides: str) -> dict[str, float]:
         done = script(
             "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL,
-            "trainer.accelerator=cpu", *overrides, f"hydra.run.dir={tmp_path}",
+            "data.prompts_per_refresh=7", "data.batches_per_epoch=2", "data.validation_count=3",
+            "data.validation_batch_size=1", "rollout.batch_size=1", "trainer.accelerator=cpu",
+            *overrides, f"hydra.run.dir={tmp_path}",
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
         return json.loads((tmp_path / "report.json").read_text())
 
-    assert run(*TWO)["steps"] == 4
+    assert run(f"trainer={trainer}", *TWO)["steps"] == 4
+    DFlashDrafter.load(tmp_path / "drafter")
     report = run("trainer.max_epochs=3")
     assert report["steps"] == 6 and report["tau_after"] >= 1

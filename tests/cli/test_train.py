@@ -15,8 +15,11 @@ import torch
 from safetensors.torch import load_file
 from tests.cli.conftest import ROOT, SMALL, Script
 from tests.conftest import KINDS
+from tests.faults import flip, flip_weights
 
+from draftopd.cli.report import FORMAT
 from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.files import locked, read_json
 from draftopd.rollout.buffer import AnchorBuffer
 
 DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
@@ -78,6 +81,34 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
     assert done.returncode == 0, done.stderr
     assert "Continuing from" in done.stdout
     assert json.loads((finished / "report.json").read_text())["steps"] == 6
+
+
+def test_damaged_files_are_named_and_the_run_goes_on(
+    finished: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    """A bit flipped in the buffer, another in the last checkpoint; no refresh is due."""
+    epochs = torch.load(finished / "checkpoints" / "previous.ckpt", weights_only=True)["epoch"] + 1
+    flip(next((finished / "anchors").glob("generation-*/shard-*")))
+    flip_weights(finished / "checkpoints" / "last.ckpt")
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "refresh.every_n_epochs=0",
+        f"trainer.max_epochs={epochs + 2}", f"hydra.run.dir={finished}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    told = done.stdout + done.stderr
+    assert "last.ckpt is damaged" in told and f"Continuing from {finished / 'checkpoints' / 'previous.ckpt'}" in told
+    assert "safetensors is damaged" in told and "This run does so now" in told
+    assert read_json(finished / "report.json", FORMAT)["steps"] == 2 * (epochs + 2)
+    assert len(AnchorBuffer.latest(finished / "anchors")) == 8
+
+
+def test_a_second_run_in_the_directory_is_refused(finished: Path, script: Script) -> None:
+    before = {path: path.stat().st_mtime_ns for path in finished.glob("*.json")}
+    with locked(finished):
+        done = script("train.py", f"hydra.run.dir={finished}")
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert f"{finished} is in use by another run (process {os.getpid()} on " in done.stderr
+    assert {path: path.stat().st_mtime_ns for path in finished.glob("*.json")} == before
 
 
 @pytest.mark.slow

@@ -99,6 +99,8 @@ def test_draw_needs_no_normalisation_and_reproduces(chi_square: Callable[[Tensor
     [
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": 1e-40}, "temperature"),
+        ({"temperature": math.inf}, "temperature"),
         ({"top_k": -1}, "top_k"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.01}, "top_p"),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import PreTrainedTokenizerFast
 
 from draftopd.drafters import attention
@@ -119,6 +120,28 @@ def test_replay_equals_the_reference(
     assert draft.hidden.shape == (BATCH, 7, block_size - 1, 32)
     assert close(draft.hidden, expected)
     assert torch.equal(draft.tokens, setting.choose(expected))
+
+
+@torch.no_grad()
+@pytest.mark.filterwarnings("ignore:flex_attention called")
+@pytest.mark.parametrize("begins", [None, torch.tensor([[0, 0, 3, 3, 7], [0, 2, 2, 2, 2]])])
+def test_flex_attention_equals_scaled_dot_products(
+    begins: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its own plain path, forward only: on a CPU it has no backward, and its compiled one is a GPU's affair."""
+    monkeypatch.setattr(attention, "_flex", lambda: flex_attention)
+    monkeypatch.setattr(attention, "_make_block_mask", lambda: create_block_mask)
+    generator = torch.Generator().manual_seed(0)
+    ends = torch.tensor([[0, 2, 5, 9, 9], [1, 3, 4, 8, 11]])
+    query = torch.randn(2, 4, 5, 3, 16, generator=generator)
+    context, block = (
+        (torch.randn(2, 2, *shape, 16, generator=generator), torch.randn(2, 2, *shape, 16, generator=generator))
+        for shape in ((12,), (5, 3))
+    )
+    flex, plain = (attention.View.of_many(ends, begins, 3, entries) for entries in (12, None))
+    assert flex.mask is not None
+    found, expected = (attention.block_attention(query, context, block, view) for view in (flex, plain))
+    torch.testing.assert_close(found, expected)
 
 
 @torch.no_grad()

@@ -10,11 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tests.faults import flip
 
 from draftopd.drafters import checkpoint
 from draftopd.drafters.checkpoint import read_checkpoint
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.dflash_format import parse_config
+from draftopd.errors import DrafterError, FileError
 from draftopd.targets.target import Target
 
 MakeDrafter = Callable[..., DFlashDrafter]
@@ -84,7 +86,7 @@ def test_round_trip_is_bit_equal(drafter: DFlashDrafter, saved: Path, tmp_path: 
     loaded.save(tmp_path / "again")
     for name in ("config.json", "model.safetensors"):
         assert (saved / name).read_bytes() == (tmp_path / "again" / name).read_bytes()
-    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
+    assert sorted(path.name for path in saved.iterdir()) == ["checksums.json", "config.json", "model.safetensors"]
 
 
 def test_a_loaded_drafter_drafts_the_same(target: Target, drafter: DFlashDrafter, saved: Path) -> None:
@@ -189,8 +191,32 @@ def test_a_failed_save_leaves_the_old_file_whole(
         monkeypatch.setattr(Path, "write_text", disk_full)
     with torch.no_grad():
         drafter.fc.weight += 1
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FileError, match=f"{fails} cannot be written.*No space left"):
         drafter.save(saved)
-    assert sorted(path.name for path in saved.iterdir()) == sorted(before)
+    # What is no longer true of one of them is gone.
+    assert sorted(path.name for path in saved.iterdir()) == ["config.json", "model.safetensors"]
     assert (saved / fails).read_bytes() == before[fails]
     DFlashDrafter.load(saved)
+
+
+@pytest.mark.parametrize("kept", [True, False])
+def test_a_flipped_bit_in_the_weights(saved: Path, kept: bool) -> None:
+    """Found where the checksums are kept; a checkpoint from elsewhere has none."""
+    flip(saved / "model.safetensors")
+    if kept:
+        with pytest.raises(DrafterError, match="model.safetensors is damaged: its checksum differs.*checksums.json"):
+            DFlashDrafter.load(saved)
+    else:
+        (saved / "checksums.json").unlink()
+        DFlashDrafter.load(saved)
+
+
+@pytest.mark.parametrize(
+    "name, message", [("config.json", "config.json was changed"), ("checksums.json", "read unchecked")]
+)
+def test_an_edited_config_is_told_and_read(
+    name: str, message: str, saved: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (saved / name).write_text((saved / name).read_text().replace("{", '{"more": 1,', 1))
+    DFlashDrafter.load(saved)
+    assert message in caplog.text

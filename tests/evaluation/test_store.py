@@ -8,9 +8,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from tests.faults import every_fault
 
 from draftopd.draft_text import DraftedBlock
-from draftopd.errors import ConfigError
+from draftopd.errors import ConfigError, FileError
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.runner import ExampleResults
@@ -127,3 +128,47 @@ def test_numbers_that_json_does_not_know(tmp_path: Path, make_result: Callable[.
     (again,) = ResultStore(tmp_path, IDENTITY).done["x", "a"]["d"]
     assert again.mismatch == Mismatch(0, 1, 2, None)
     assert finite({"a": [math.inf, 1.0, (math.nan, "nan")]}) == {"a": [None, 1.0, [None, "nan"]]}
+
+
+def test_a_flipped_bit_costs_its_line_only(
+    tmp_path: Path, examples: list[ExampleResults], caplog: pytest.LogCaptureFixture
+) -> None:
+    store = ResultStore(tmp_path, IDENTITY)
+    fill(store, examples)
+    first, rest = store.path.read_text(encoding="utf-8").split("\n", 1)
+    assert '"prompt_tokens": ' in first
+    changed = first.replace('"prompt_tokens": ', '"prompt_tokens": 1', 1)
+    store.path.write_text(f"{changed}\n{rest}", encoding="utf-8")
+    again = ResultStore(tmp_path, IDENTITY)
+    assert list(again.done) == [("code", "a"), ("maths", "b")] and "1 lines of" in caplog.text
+    again.add("maths", "a", examples[0])
+    assert ResultStore(tmp_path, IDENTITY).done == store.done
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_examples_of_nobody_knows_what(content: str | None, tmp_path: Path, examples: list[ExampleResults]) -> None:
+    store = ResultStore(tmp_path, IDENTITY)
+    fill(store, examples)
+    if content is None:
+        (tmp_path / "examples.json").unlink()
+    else:
+        (tmp_path / "examples.json").write_text(content)
+    before = store.path.read_bytes()
+    with pytest.raises(FileError, match="examples.json.*Delete .*examples.jsonl to begin anew"):
+        ResultStore(tmp_path, IDENTITY)
+    assert store.path.read_bytes() == before
+
+
+def test_a_full_disk_keeps_the_examples_before(tmp_path: Path, make_result: Callable[..., PromptResult]) -> None:
+    kept: list[int] = []
+
+    def write(number: int) -> None:
+        ResultStore(tmp_path, IDENTITY).add("maths", str(number), {"d": [make_result(number)]})
+
+    def check(number: int, failed: bool) -> None:
+        done = ResultStore(tmp_path, IDENTITY).done
+        assert all(("maths", str(n)) in done for n in kept) and (failed or ("maths", str(number)) in done)
+        if ("maths", str(number)) in done:
+            kept.append(number)
+
+    assert every_fault(write, check) >= 4 and kept

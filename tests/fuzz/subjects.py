@@ -23,10 +23,11 @@ from draftopd.drafters.load import load_for
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.evaluation.served import _Server
 from draftopd.evaluation.suites import Suite
+from draftopd.files import seal
 from draftopd.interop.__main__ import read_any
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
-from draftopd.json_text import read_json
+from draftopd.json_text import parse_json
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.recorded import JsonlTrajectories
 from draftopd.rollout.server_answers import AnswerError, from_generate, from_text, from_token_ids
@@ -130,8 +131,11 @@ def _buffers(root: Path) -> dict[str, Subject]:
         shard.write_bytes(rows)
         of.write_bytes(data)
         if of == shard:  # sealed again, so that its content counts
-            raw = json.loads(manifest) | {"shards": {shard.name: zlib.crc32(data)}}
-            (place / "manifest.json").write_text(json.dumps(raw))
+            (place / "manifest.json").write_bytes(
+                _sealed(json.loads(manifest) | {"shards": {shard.name: zlib.crc32(data)}})
+            )
+        else:
+            of.write_bytes(_resealed(data))
         buffer = AnchorBuffer.latest(root / "anchors")
         for index in range(len(buffer)):
             buffer[index]
@@ -171,6 +175,7 @@ def _drafters(root: Path, target: Target) -> dict[str, Subject]:
 
 
 def _checkpoint(place: Path, name: str, load: Callable[[Path], object]) -> dict[str, Subject]:
+    (place / "checksums.json").unlink()  # as one from elsewhere: its content counts
     whole = {file: (place / file).read_bytes() for file in ("config.json", "model.safetensors")}
 
     def reader(file: str) -> Callable[[bytes], None]:
@@ -193,7 +198,7 @@ def _answers(request: Request) -> dict[str, Subject]:
     def reader(name: str) -> Callable[[bytes], None]:
         def read(data: bytes) -> None:
             try:
-                answer = read_json(data.decode("utf-8", "replace"))
+                answer = parse_json(data.decode("utf-8", "replace"))
             except ValueError as error:
                 raise AnswerError("no JSON") from error  # a server would be asked again, and refused at last
             readers.get(name, from_text)(answer, prompt, request)
@@ -202,6 +207,19 @@ def _answers(request: Request) -> dict[str, Subject]:
         return read
 
     return {f"answer of {name}": Subject([data], reader(name), (AnswerError,)) for name, data in given.items()}
+
+
+def _resealed(data: bytes) -> bytes:
+    """With a checksum that fits, where it can have one, so that the values count."""
+    try:
+        return _sealed(parse_json(data))
+    except (ValueError, TypeError, RecursionError):
+        return data
+
+
+def _sealed(content: Any) -> bytes:
+    bare = {name: value for name, value in dict(content).items() if name != "checksum"}
+    return json.dumps(bare | {"checksum": seal(bare)}).encode()
 
 
 def _lines(rows: list[Any]) -> bytes:

@@ -142,6 +142,7 @@ def test_tensors_that_do_not_fit(change: Callable, message: str, exported: Path,
     tensors = load_file(exported / "model.safetensors")
     change(tensors)
     save_file(tensors, exported / "model.safetensors")
+    (exported / "checksums.json").unlink()
     with pytest.raises(DrafterError, match=message):
         read_speculators(exported, files)
 
@@ -196,6 +197,7 @@ class TestEagle3:
     def tensors(self, public: Path, **changes: torch.Tensor | None) -> None:
         tensors = load_file(public / "model.safetensors") | changes
         save_file({k: v for k, v in tensors.items() if v is not None}, public / "model.safetensors")
+        (public / "checksums.json").unlink()
 
     def test_layers_as_each_engine_counts_them(self, public: Path) -> None:
         raw = json.loads((public / "config.json").read_text())
@@ -298,3 +300,24 @@ def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(SystemExit, match="cannot be written"):
         main(["export", "bundled:tiny_dflash", str(tmp_path / "file")])
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.safetensors", "/etc/passwd", 3])
+def test_an_index_that_names_other_places(name: object, target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    place = tmp_path / "target"
+    place.mkdir()
+    (place / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
+    weights = (target_dirs["llama"] / "model.safetensors").read_bytes()
+    (tmp_path / "elsewhere.safetensors").write_bytes(weights)
+    index = {"weight_map": {"model.embed_tokens.weight": name}}
+    (place / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(TargetError, match="lies outside of it|names no file"):
+        TargetFiles(str(place)).embedding()
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"weight_map": 3}', "{"])
+def test_an_index_that_is_none(content: str, target_dirs: dict[str, Path], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
+    (tmp_path / "model.safetensors.index.json").write_text(content)
+    with pytest.raises(TargetError, match="cannot be read"):
+        TargetFiles(str(tmp_path)).embedding()

@@ -312,30 +312,6 @@ def test_jsd_lies_between_its_ends() -> None:
     assert (jensen_shannon(s, t, 0.5) < math.log(2)).all()
 
 
-@pytest.mark.parametrize("student", ["uniform", "one-hot", "huge", "elsewhere"])
-@pytest.mark.parametrize("teacher", ["uniform", "one-hot", "huge"])
-@pytest.mark.parametrize("build", [*(case[0] for case in CASES.values()), LK, E2ETotalVariation])
-def test_extreme_distributions_give_finite_losses_and_gradients(
-    build: Callable[..., Loss], teacher: str, student: str
-) -> None:
-    shapes = {
-        "uniform": torch.zeros(N, K, VOCAB),
-        "one-hot": torch.zeros(N, K, VOCAB),
-        "huge": torch.zeros(N, K, VOCAB),
-    }
-    shapes["one-hot"][..., 3] = 1e4
-    shapes["huge"] = 1e4 * torch.randn(N, K, VOCAB, generator=torch.Generator().manual_seed(0)).sign()
-    shapes["elsewhere"] = torch.zeros(N, K, VOCAB)
-    shapes["elsewhere"][..., 4] = 1e4
-
-    base = make_blocks(double=False)
-    states = shapes[student].clone().requires_grad_()
-    blocks = Blocks(**{**base.__dict__, "student": states, "teacher": shapes[teacher], "head": identity_head(VOCAB)})
-    value = build()(blocks).loss
-    value.backward()
-    assert value.isfinite() and states.grad is not None and states.grad.isfinite().all()
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None:
     s, t = torch.randn(9, VOCAB).to(dtype).float(), torch.randn(9, VOCAB).to(dtype).float().log_softmax(-1)
@@ -355,6 +331,8 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
         lambda: SampledKL(most=0.0),
         lambda: DPace(smoothing=1.5),
         lambda: Teacher(top_k=0),
+        lambda: Teacher(temperature=1e-40),
+        lambda: Teacher(temperature=math.inf),
         lambda: TotalVariation(normalization="slot"),  # type: ignore[arg-type]
         lambda: CrossEntropy(accepted_weight=0.0, rejected_weight=0.0),
         lambda: ForwardKL(teacher_on="nothing"),  # type: ignore[arg-type]

@@ -8,10 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from draftopd.errors import BufferError
-from draftopd.rollout import shards
-from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
+from draftopd.files import checksum, read_json, write_json
+from draftopd.rollout.buffer import FORMAT, AnchorBuffer, BufferWriter, Recorded
 
 
 def records(count: int, offset: int = 0) -> list[Recorded]:
@@ -73,19 +74,6 @@ def test_what_a_killed_writer_left_is_swept_away(tmp_path: Path) -> None:
     assert [p.name for p in tmp_path.iterdir()] == ["generation-00000"]
 
 
-def test_full_disk_in_a_shard(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    write(tmp_path)
-
-    def full(*_args: object, **_kwargs: object) -> None:
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(shards, "save_file", full)
-    with pytest.raises(BufferError, match="cannot be written.*No space left.*hydra.run.dir"):
-        write(tmp_path, generation=1)
-    assert [p.name for p in tmp_path.iterdir()] == ["generation-00000"]
-    assert len(AnchorBuffer.latest(tmp_path)) == 7
-
-
 def test_full_disk_for_real(tmp_path: Path) -> None:
     """A file-size limit of the system cuts the shard off in the middle."""
     write(tmp_path)
@@ -126,7 +114,11 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
 
 @pytest.mark.parametrize(
     "content, message",
-    [("{", "no anchor buffer"), ("[1]", "no anchor buffer"), ('{"generation": 0}', "no anchor buffer")],
+    [
+        ("{", "no whole anchor buffer.*no JSON"),
+        ("[1]", "no whole anchor buffer.*no format number"),
+        ('{"generation": 0}', "no whole anchor buffer.*no format number"),
+    ],
 )
 def test_broken_manifests(tmp_path: Path, content: str, message: str) -> None:
     directory = write(tmp_path).directory
@@ -135,11 +127,39 @@ def test_broken_manifests(tmp_path: Path, content: str, message: str) -> None:
         AnchorBuffer(directory)
 
 
-def test_another_format(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "old, new, message",
+    [
+        ('"format": 3', '"format": 99', "format 99, this version reads 3"),
+        ('"sequences": 7', '"sequences": 3', "manifest.json is damaged: its checksum differs"),
+    ],
+)
+def test_another_format_and_flipped_bits(old: str, new: str, message: str, tmp_path: Path) -> None:
     directory = write(tmp_path).directory
     manifest = directory / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"format": 2', '"format": 99'))
-    with pytest.raises(BufferError, match="format 99, this version reads 2"):
+    assert old in manifest.read_text()
+    manifest.write_text(manifest.read_text().replace(old, new))
+    with pytest.raises(BufferError, match=message):
+        AnchorBuffer(directory)
+
+
+@pytest.mark.parametrize("shards", [{"../../x.safetensors": 1}, {"/etc/passwd": 1}, [], "x", None])
+def test_a_manifest_that_names_other_places(shards: object, tmp_path: Path) -> None:
+    """Its checksum is right: somebody made it so."""
+    directory = write(tmp_path).directory
+    content = read_json(directory / "manifest.json", FORMAT) | {"shards": shards}
+    write_json(directory / "manifest.json", content, FORMAT)
+    with pytest.raises(BufferError, match="lies outside of it|no whole anchor buffer"):
+        AnchorBuffer(directory)
+
+
+def test_shards_of_another_layout(tmp_path: Path) -> None:
+    directory = write(tmp_path, count=2).directory
+    (shard,) = directory.glob("shard-*")
+    save_file(load_file(shard), shard, metadata={"draftopd_rows": "9"})
+    content = read_json(directory / "manifest.json", FORMAT) | {"shards": {shard.name: checksum(shard)}}
+    write_json(directory / "manifest.json", content, FORMAT)
+    with pytest.raises(BufferError, match="format 9, this version reads 1"):
         AnchorBuffer(directory)
 
 

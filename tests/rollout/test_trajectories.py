@@ -13,7 +13,6 @@ from tests.rollout.conftest import MakeRequest
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import BufferError
-from draftopd.rollout import shards
 from draftopd.rollout.trajectories import GeneratedTrajectories, InProcessTrajectories, Request, Trajectory
 from draftopd.rollout.trajectory_store import TrajectoryStore
 
@@ -135,8 +134,8 @@ def test_full_disk(tmp_path: Path, make_request: MakeRequest, monkeypatch: pytes
     def full(*_args: object, **_kwargs: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards, "save_file", full)
-    with pytest.raises(BufferError, match="trajectory store.*cannot be written.*No space left"):
+    monkeypatch.setattr(Path, "write_bytes", full)
+    with pytest.raises(BufferError, match="texts-.*cannot be written.*No space left"):
         flat(Counting(tmp_path), make_request([[1, 2], [3]]))
     monkeypatch.undo()
     after = Counting(tmp_path)

@@ -266,10 +266,10 @@ def test_kinds_of_attention() -> None:
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
              "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
     mixed = Qwen2Config(**shape, use_sliding_window=True, sliding_window=8, max_window_layers=1)
-    assert Target(Qwen2ForCausalLM(mixed)).attention_kinds == ("full_attention", "sliding_attention")
+    assert Target(Qwen2ForCausalLM(mixed)).masks.kinds == ("full_attention", "sliding_attention")
     for window, kind in ((8, "sliding_attention"), (None, "full_attention"), (64, "full_attention")):
         target = Target(MistralForCausalLM(MistralConfig(**shape, sliding_window=window)))
-        assert target.attention_kinds == (kind,) and target.window == (window or 64)
+        assert target.masks.kinds == (kind,) and target.masks.window == (window or 64)
 
 
 def test_eager_attention_is_chosen_where_there_is_no_other(target_dirs: dict[str, Path]) -> None:

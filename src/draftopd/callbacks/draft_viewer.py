@@ -33,16 +33,15 @@ class DraftViewer(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DraftModule)
-        counts = pl_module.rejections.compute().cpu()
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
-        if not loggers or not trainer.is_global_zero or trainer.sanity_checking:
+        shows = bool(loggers) and trainer.is_global_zero and not trainer.sanity_checking
+        decoded = pl_module.decoder().decode_batch(self.shown) if shows and self.shown else []
+        pl_module.end_of_decoding()
+        counts = pl_module.rejections.compute().cpu()
+        if not shows:
             return
         step = trainer.global_step
-        texts = (
-            [as_markdown(blocks_of(d, self.tokenizer)) for d in pl_module.decoder().decode_batch(self.shown)]
-            if self.shown
-            else []
-        )
+        texts = [as_markdown(blocks_of(d, self.tokenizer)) for d in decoded]
         positions = torch.arange(1, len(counts) + 1)
         for logger in loggers:
             board = logger.experiment

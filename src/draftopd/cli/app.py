@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import signal
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
@@ -29,6 +34,9 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
     main()
 
 
+#: What a system says of a disk that takes no more.
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+
 CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
 
 
@@ -36,10 +44,14 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     """Run a command; an error the user can act on is printed as one message, with exit status 1."""
     from draftopd.cli.check import check
     from draftopd.errors import DraftOPDError
+    from draftopd.files import locked
+    from draftopd.ranks import is_first
 
     try:
         check(OmegaConf.to_container(config, resolve=True))
-        action(config)
+        # The other processes of a run work beside the first one in its directory.
+        with locked(Path(HydraConfig.get().runtime.output_dir)) if is_first() else nullcontext():
+            action(config)
     except OmegaConfBaseException as error:
         sys.exit(f"Error: {str(error).splitlines()[0]}")
     except InstantiationException as error:
@@ -50,8 +62,17 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         raise
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
+    except OSError as error:
+        if error.errno not in _DISK:
+            raise
+        sys.exit(f"Error: {error}. Free space or choose another directory (hydra.run.dir=DIR). {CONTINUES}")
     except KeyboardInterrupt:
         sys.exit(f"Stopped. {CONTINUES}")
+    except SystemExit as error:
+        if type(error).__name__ != "SIGTERMException":  # Lightning's
+            raise
+        print(f"Stopped by SIGTERM. {CONTINUES}", file=sys.stderr)
+        sys.exit(128 + signal.SIGTERM)
 
 
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
@@ -91,12 +112,25 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
                     return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
                 if key not in known:
                     return f"{key} is no configuration key: {nearest(key, known | groups)}"
-            return exposed(compose(name, overrides))
+            problem = exposed(compose(name, overrides))
+            if problem:
+                return problem
+            whole = compose(name, overrides, return_hydra_config=True)
+            return _unwritable(Path(whole.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return re.sub(r"\s+", " ", " ".join(lines[:2]))
     finally:
         GlobalHydra.instance().clear()
+
+
+def _unwritable(directory: Path) -> str | None:
+    """Why a run's directory cannot be made or written, or None."""
+    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
+    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+        return None
+    reason = f"{there} is read-only for you" if there.is_dir() else f"{there} is a file"
+    return f"The run cannot be kept in {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
 
 
 def _keys(config: DictConfig, prefix: str = "") -> set[str]:

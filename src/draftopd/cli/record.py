@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import subprocess
 import sys
@@ -12,7 +11,10 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.files import replaced
+from draftopd.files import replaced, write_json
+
+#: Of ``run.json``.
+FORMAT = 1
 
 PACKAGES = ("draftopd", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "liger-kernel")
 
@@ -35,8 +37,7 @@ def write_record(directory: Path, config: DictConfig) -> None:
     directory.mkdir(parents=True, exist_ok=True)
     with replaced(directory / "config.yaml") as partial:
         partial.write_text(OmegaConf.to_yaml(config, resolve=True), encoding="utf-8")
-    with replaced(directory / "run.json") as partial:
-        partial.write_text(json.dumps(describe(config), indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "run.json", describe(config), FORMAT)
 
 
 def _git(*arguments: str) -> str | None:

@@ -9,6 +9,9 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
+#: Of ``report.json``.
+FORMAT = 1
+
 
 @dataclass(frozen=True)
 class TrainingReport:

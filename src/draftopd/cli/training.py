@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import logging
 import time
 import warnings
@@ -17,24 +16,30 @@ import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.plugins.environments import SLURMEnvironment
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.callbacks.draft_viewer import DraftViewer
+from draftopd.callbacks.last_checkpoint import LastCheckpoint
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
+from draftopd.checkpoints import CheckpointFiles, newest_whole
 from draftopd.cli.check import check, check_value
 from draftopd.cli.record import write_record
-from draftopd.cli.report import TrainingReport, print_report
+from draftopd.cli.report import FORMAT, TrainingReport, print_report
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
+from draftopd.files import write_json
 from draftopd.module import DraftModule
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
 from draftopd.rollout.fresh import FreshAnchors
 from draftopd.rollout.trajectories import InProcessTrajectories, Request
+from draftopd.sharding import whole_tensors
 from draftopd.targets.target import Target, load_tokenizer, stop_tokens
 
 log = logging.getLogger(__name__)
@@ -53,6 +58,7 @@ def run(config: DictConfig) -> TrainingReport:
     L.seed_everything(config.seed, verbose=False)
     rollout: Rollout = instantiate(config.rollout)
     check_refresh(config, rollout)
+    check_sharding(config)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     data: ReplayDataModule = instantiate(config.data)
@@ -78,24 +84,26 @@ def run(config: DictConfig) -> TrainingReport:
     if trainer.is_global_zero:
         write_record(directory, config)
 
-    resume = directory / "checkpoints" / "last.ckpt"
-    resumed = resume.exists()
-    before = float("nan")
+    resume = newest_whole(directory / "checkpoints")
+    resumed = resume is not None
     if resumed:
         if trainer.is_global_zero:
             print(f"Continuing from {resume}")
     elif config.validate_first:
-        before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
+        module.tau_before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
+    except SIGTERMException:
+        raise
     except SystemExit as error:
         # So Lightning ends a fit that Ctrl-C stopped.
         raise KeyboardInterrupt from error
+    tensors = whole_tensors(drafter)
     if trainer.is_global_zero:
-        drafter.save(directory / "drafter")
+        drafter.save(directory / "drafter", tensors=tensors)
     report = TrainingReport(
-        tau_before=before,
-        tau_after=float(trainer.callback_metrics.get("val/tau", float("nan"))),
+        tau_before=module.tau_before,
+        tau_after=module.tau_after,
         steps=trainer.global_step,
         tokens=module.tokens_seen,
         seconds=dict(module.clock.seconds),
@@ -103,7 +111,7 @@ def run(config: DictConfig) -> TrainingReport:
         directory=str(directory),
     )
     if trainer.is_global_zero:
-        (directory / "report.json").write_text(json.dumps(dataclasses.asdict(report), indent=2) + "\n")
+        write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
         print_report(report)
     return report
 
@@ -157,7 +165,7 @@ def _advise(config: DictConfig) -> None:
 
 
 def check_refresh(config: DictConfig, rollout: Rollout) -> None:
-    """Refuse a rollout, texts, anchors and a schedule that do not go together.
+    """Refuse a rollout, texts, anchors and a schedule that do not go together, and numbers out of range.
 
     Raises:
         ConfigError: saying what would have no effect, and what to choose instead.
@@ -174,10 +182,14 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
             f"rollout=speculative decodes its texts itself, so {given[0]} would have no effect: "
             "use rollout=decode_free, or rollout=target for SFT."
         )
-    for name, least in (("every_n_epochs", 0), ("every_n_steps", 1)):
-        value = schedule[name]
-        if not (value is None and name == "every_n_steps") and (type(value) is not int or value < least):
-            raise ConfigError(f"refresh.{name} must be a whole number, {least} or more, found {value!r}.")
+    numbers = {
+        "refresh.every_n_epochs": (schedule.every_n_epochs, 0),
+        "refresh.every_n_steps": (1 if schedule.every_n_steps is None else schedule.every_n_steps, 1),
+        "checkpoint.every_n_steps": (config.checkpoint.every_n_steps, 1),
+    }
+    for name, (value, least) in numbers.items():
+        if type(value) is not int or value < least:
+            raise ConfigError(f"{name} must be a whole number, {least} or more, found {value!r}.")
     if schedule.every_n_steps is None:
         return
     if rollout.walker is None:
@@ -192,14 +204,37 @@ def check_refresh(config: DictConfig, rollout: Rollout) -> None:
         )
 
 
+def check_sharding(config: DictConfig) -> None:
+    """Refuse what a target in shares cannot do.
+
+    Raises:
+        ConfigError: saying what to leave out.
+    """
+    strategy = config.trainer.get("strategy")
+    if not (isinstance(strategy, DictConfig) and strategy.get("_target_", "").endswith("ModelParallelStrategy")):
+        return
+    if any(part.get("compiled") for part in (config, config.rollout, config.get("trajectories") or {})):
+        raise ConfigError("trainer=fsdp gathers layers between the steps of a pass: leave compiled=true out.")
+    for name in ("device", "device_map"):
+        if config.target.get(name) is not None:
+            raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
+    if config.trainer.get("inference_mode", True):
+        raise ConfigError(
+            "trainer=fsdp needs trainer.inference_mode=false: weights gathered to decode must train later."
+        )
+
+
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
     where = directory / "checkpoints"
-    # Two callbacks: one that keeps the best would renew its `last` only when the best is renewed.
     best = ModelCheckpoint(dirpath=where, filename="best", monitor="val/tau", mode="max", enable_version_counter=False)
-    last = ModelCheckpoint(
-        dirpath=where, filename="last", save_on_train_epoch_end=True, enable_version_counter=False
-    )  # fmt: skip
-    options: dict[str, Any] = {"callbacks": [best, last, *callbacks], "default_root_dir": str(directory)}
+    last = LastCheckpoint(where / "last.ckpt", config.checkpoint.every_n_steps)
+    plugins: list[Any] = [CheckpointFiles()]
+    if SLURMEnvironment.detect():
+        # Lightning's own requeueing keeps a checkpoint in the middle of a step.
+        plugins.append(SLURMEnvironment(auto_requeue=False))
+    options: dict[str, Any] = {
+        "callbacks": [best, last, *callbacks], "plugins": plugins, "default_root_dir": str(directory)
+    }  # fmt: skip
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
         options["callbacks"].append(LearningRateMonitor("step"))

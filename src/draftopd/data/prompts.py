@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from draftopd.data.order import RoundOrder
 from draftopd.data.reasoning import Split, problem
 from draftopd.errors import PromptError
-from draftopd.json_text import MAX_LINE, is_text, listed, read_json, shown
+from draftopd.json_text import MAX_LINE, is_text, listed, parse_json, shown
 
 #: One conversation in the chat template's form.
 Messages = list[dict[str, str]]
@@ -113,7 +113,7 @@ def read_rows(path: Path, group: str) -> Iterator[tuple[str, dict[str, Any]]]:
         if len(line) > MAX_LINE:
             raise PromptError(f"{where} is longer than {MAX_LINE} bytes: write one object a line, one prompt each.")
         try:
-            row = read_json(line)
+            row = parse_json(line)
         except UnicodeDecodeError as error:
             raise PromptError(f"{where} is no UTF-8 text ({error.reason}): save the file as UTF-8.") from error
         except ValueError as error:

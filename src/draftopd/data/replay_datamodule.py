@@ -10,10 +10,12 @@ from typing import Any
 import lightning as L
 import torch
 from pydantic import PositiveInt
+from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, PromptSource
+from draftopd.packing import Layout, pack
 from draftopd.replay import ReplayBatch, pad_anchors
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
 from draftopd.rollout.buffer import AnchorBuffer, Recorded
@@ -91,6 +93,7 @@ class ReplayLoader(DataLoader[Recorded]):
         renew: gives records the current drafter's anchors; called with those of the next ``renew_every`` batches.
             The loader runs in the training process and serves each batch when it is needed, so that "current"
             means the step just taken.
+        pack_to: see :class:`ReplayDataModule`.
     """
 
     def __init__(
@@ -101,23 +104,23 @@ class ReplayLoader(DataLoader[Recorded]):
         pad: int,
         renew: Renew | None = None,
         renew_every: int = 0,
+        pack_to: int | None = None,
     ) -> None:
         super().__init__(dataset, batch_sampler=sampler, collate_fn=lambda rows: rows)
         self.replays, self.order = dataset, sampler
         self.policy, self.pad = policy, pad
         self.renew, self.renew_every = renew, renew_every
+        self.pack_to = pack_to
         self._served = 0
-        self._skip = 0
+        self._restored: dict[str, Any] | None = None
         self._renewed: dict[int, list[Recorded]] = {}  # by the batch's place in the epoch
 
     def __iter__(self) -> Iterator[ReplayBatch]:  # type: ignore[override]
         buffer = self.replays.open()
         self.order.lengths = buffer.lengths
-        skip, self._skip = self._skip, 0
-        self._served = skip
-        if not skip:
-            self._renewed = {}
         batches = list(self.order)
+        skip, self._renewed = self._put_back(buffer, batches)
+        self._served = skip
         for place, indices in enumerate(batches):
             if place < skip:
                 continue
@@ -142,16 +145,19 @@ class ReplayLoader(DataLoader[Recorded]):
         self._renewed = {p: [next(records) for _ in batches[p]] for p in coming}
 
     def collate(self, records: list[Recorded], generator: torch.Generator) -> ReplayBatch:
-        """Pad the records' tokens and chosen anchors into one batch."""
+        """Put the records' tokens and chosen anchors into one batch: a row a record, or packed; padded."""
         chosen = [self.policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
-        anchors, mask = pad_anchors(chosen)
-        lengths = torch.tensor([len(r.tokens) for r in records])
-        ids = torch.full((len(records), int(lengths.max())), self.pad)
-        for row, record in enumerate(records):
-            ids[row, : len(record.tokens)] = torch.tensor(record.tokens)
+        lengths = [len(r.tokens) for r in records]
+        rows = pack(lengths, self.pack_to) if self.pack_to else [[i] for i in range(len(records))]
+        layout = None
+        if len(rows) < len(records):
+            layout = Layout.of(rows, lengths)
+            chosen = layout.by_row(chosen, len(rows))
+        texts = [torch.tensor([token for i in row for token in records[i].tokens]) for row in rows]
+        ids = pad_sequence(texts, batch_first=True, padding_value=self.pad)
         starts = torch.tensor([r.prompt_length for r in records])
         made_at = torch.tensor([-1 if r.step is None or not self.policy.of_the_drafter else r.step for r in records])
-        return ReplayBatch(ids, starts, lengths, anchors, mask, made_at)
+        return ReplayBatch(ids, starts, torch.tensor(lengths), *pad_anchors(chosen), made_at, layout)
 
     def state_dict(self) -> dict[str, Any]:
         renewed = {
@@ -159,23 +165,40 @@ class ReplayLoader(DataLoader[Recorded]):
             for place, records in self._renewed.items()
             if place >= self._served
         }
-        return {"served": self._served, "renewed": renewed, "rank": self.order.rank}
+        return {
+            "served": self._served,
+            "renewed": renewed,
+            "ranks": self.order.ranks,
+            "buffer": self._of_the_buffer(),
+        }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
+        # Taken up when the epoch is known: at the first batch.
+        self._restored = state
+
+    def _put_back(self, buffer: AnchorBuffer, batches: list[list[int]]) -> tuple[int, dict[int, list[Recorded]]]:
+        """How many of the epoch's batches a checkpoint had seen served, and the anchors it held for later ones."""
+        state, self._restored = self._restored, None
         # An epoch that was served whole is over: the trainer goes on with the next.
-        self._skip = state["served"] if state["served"] < len(self.order) else 0
-        # A checkpoint holds the first rank's anchors; the others, whose texts are others, find theirs anew.
-        if state["renewed"] and state["rank"] == self.order.rank:
-            buffer = self.replays.open()
-            self.order.lengths = buffer.lengths
-            batches = list(self.order)
-            self._renewed = {
+        if state is None or state["served"] >= len(batches):
+            return 0, {}
+        renewed = {}
+        # A checkpoint holds the first rank's anchors only. Of several ranks all find theirs anew, since a target in
+        # shares is only read by all; and so do the sequences of a rollout that took the place of another.
+        if state.get("ranks") == self.order.ranks == 1 and state.get("buffer") == self._of_the_buffer():
+            renewed = {
                 place: [
                     replace(buffer[i], anchors=anchors, accepted=accepted, emitted=emitted, step=step)
                     for i, (anchors, accepted, emitted, step) in zip(batches[place], columns, strict=True)
                 ]
                 for place, columns in state["renewed"].items()
             }
+        return state["served"], renewed
+
+    def _of_the_buffer(self) -> list[int] | None:
+        """Generation and step of the rollout that is open."""
+        buffer = self.replays.buffer
+        return None if buffer is None else [buffer.manifest.generation, buffer.manifest.step]
 
 
 class ReplayDataModule(L.LightningDataModule):
@@ -194,6 +217,11 @@ class ReplayDataModule(L.LightningDataModule):
         thinking: the chat template's thinking mode.
         max_prompt_tokens: longer prompts are left out.
         seed: of order and random anchors.
+        pack_to: put several of a batch's sequences in a row, up to so many tokens a row, so that less of the batch is
+            padding; each sees itself only. None gives each a row of its own.
+
+    Raises:
+        ValueError: if ``pack_to`` is less than 1.
     """
 
     def __init__(
@@ -210,8 +238,12 @@ class ReplayDataModule(L.LightningDataModule):
         thinking: bool = True,
         max_prompt_tokens: PositiveInt = 512,
         seed: int = 0,
+        pack_to: int | None = None,
     ) -> None:
         super().__init__()
+        if pack_to is not None and pack_to < 1:
+            raise ValueError(f"pack_to must be 1 or more tokens a row, or null, found {pack_to}.")
+        self.pack_to = pack_to
         self.sources = {"train": train_prompts, "validation": validation_prompts}
         self.prompts_per_refresh, self.validation_count = prompts_per_refresh, validation_count
         self.batch_size, self.validation_batch_size = batch_size, validation_batch_size
@@ -225,6 +257,8 @@ class ReplayDataModule(L.LightningDataModule):
         #: See :class:`ReplayLoader`; set by the refresh callback where anchors are renewed within an epoch.
         self.renew: Renew | None = None
         self.renew_every = 0
+        self._loader: ReplayLoader | None = None
+        self._restored: dict[str, Any] = {}
 
     def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int = 0) -> None:
         """Give it the target's tokenizer and the run's buffer directory; before fitting also the proposals a block."""
@@ -248,7 +282,18 @@ class ReplayDataModule(L.LightningDataModule):
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
         dataset = ReplayDataset(self.buffer_root)
-        return ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every)
+        self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
+        if self._restored:
+            self._loader.load_state_dict(self._restored)
+        return self._loader
+
+    # Lightning restores the loader's state by itself only if nothing asked for the loader before; the optimizer's
+    # schedule does, to know the number of steps.
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict() if self._loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
 
     @property
     def policy(self) -> AnchorPolicy:

@@ -39,6 +39,12 @@ class PositionStore:
         assert self.keys is not None and self.values is not None
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
+    def stay(self) -> None:
+        """Tell torch.compile that the memory stays where it is: writing to other memory rules out CUDA graphs."""
+        for kept in (self.keys, self.values):
+            if kept is not None:
+                torch._dynamo.mark_static_address(kept)
+
     def select(self, rows: Tensor) -> None:
         """Keep these rows of the batch."""
         if self.keys is not None and self.values is not None:
@@ -76,14 +82,18 @@ class PositionCache(Cache):
 
 
 class ContextCache(Cache):
-    """A recorded context that blocks attend to without adding to it: updates are returned, not kept."""
+    """A recorded context that blocks attend to without adding to it: updates are returned, not kept.
 
-    def __init__(self, context: PositionCache, visible: int) -> None:
+    They see the positions from ``begin`` up to ``visible``.
+    """
+
+    def __init__(self, context: PositionCache, visible: int, begin: int = 0) -> None:
         super().__init__(layers=[])
-        self.context, self.visible = context, visible
+        self.context, self.visible, self.begin = context, visible, begin
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
         keys, values = self.context.stores[layer_idx].read(self.visible)
+        keys, values = keys[:, :, self.begin :], values[:, :, self.begin :]
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:

@@ -137,6 +137,9 @@ class Decoder:
             state = drafter.start(capacity)
             every = torch.arange(longest, device=device).expand(len(prompts), -1)
             drafter.observe(target, state, reading.features, ids, every)
+        if rigid:
+            for store in (*cache.stores, *(drafter.stores(state) if drafter else ())):
+                store.stay()
         for result, token in zip(results, tokens.tolist(), strict=True):
             self._emit(result, [token])
         rows = list(range(len(prompts)))  # results still decoded, in the batch's order

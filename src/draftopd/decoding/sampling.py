@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+#: Below this a temperature is 0 in all but name, and float32 logits overflow when divided by it.
+LEAST_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
@@ -13,7 +17,7 @@ class Sampling:
     """The warping that both the target's and the drafter's distribution pass through.
 
     Args:
-        temperature: 0 takes the argmax; above 0 the logits are divided by it.
+        temperature: 0 takes the argmax; above 0, and then at least 1e-6, the logits are divided by it.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose mass reaches this; 1 keeps all.
 
@@ -28,6 +32,11 @@ class Sampling:
     def __post_init__(self) -> None:
         if not self.temperature >= 0:  # so that NaN is refused too
             raise ValueError(f"temperature must be 0 (greedy) or more, found {self.temperature}.")
+        if 0 < self.temperature < LEAST_TEMPERATURE or math.isinf(self.temperature):
+            raise ValueError(
+                f"temperature must be 0 (greedy) or lie between {LEAST_TEMPERATURE:g} and infinity, "
+                f"found {self.temperature}."
+            )
         if self.top_k < 0:
             raise ValueError(f"top_k must be 0 (off) or more, found {self.top_k}.")
         if not 0 < self.top_p <= 1:
@@ -49,7 +58,8 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
             before = ordered.cumsum(-1) - ordered
-            dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, before >= self.top_p)
+            beyond = (before >= self.top_p) & (before > 0)  # the first is kept though float32 rounds top_p to 0
+            dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, beyond)
             logits = logits.masked_fill(dropped, float("-inf"))
         return logits.softmax(-1)
 

@@ -97,9 +97,17 @@ def _draft(
 def compiled_step(cuda: bool) -> Any:
     """:func:`decoding_step` through torch.compile, shared by all decoders of a process.
 
-    On a GPU as CUDA graphs, one for each shape; elsewhere with symbolic sizes, so that growing texts and shrinking
-    batches compile nothing new.
+    On a GPU as CUDA graphs, one for each shape, if the step writes to memory that stays (:meth:`PositionStore.stay`)
+    and else without them; elsewhere with symbolic sizes, so that growing texts and shrinking batches compile nothing
+    new.
     """
-    if cuda:
-        return torch.compile(decoding_step, dynamic=False, mode="reduce-overhead")
-    return torch.compile(decoding_step, dynamic=True)
+    if not cuda:
+        return torch.compile(decoding_step, dynamic=True)
+    replayed = torch.compile(decoding_step, dynamic=False, mode="reduce-overhead")
+
+    def step(*arguments: Any) -> StepOutput:
+        # Each replay writes its results where the last one did, and a step's tokens go into the next one.
+        torch.compiler.cudagraph_mark_step_begin()
+        return StepOutput(*(result.clone() for result in replayed(*arguments)))
+
+    return step

@@ -70,5 +70,6 @@ def residual_at(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> 
     no_draft = torch.zeros_like(target_probs[..., :1, :])
     q = torch.cat([draft_probs, no_draft], dim=-2).gather(-2, slot)[..., 0, :]
     residual = (p - q).clamp_min(0)
-    # Where p and q agree to the last bit a rejection is only rounding; p is then the limit.
-    return torch.where(residual.sum(-1, keepdim=True) > 0, residual, p)
+    # Where p and q agree to the last bit a rejection is only rounding; p is then the limit. So it is where no more
+    # than subnormal numbers are left, which a draw may round to 0.
+    return torch.where(residual.sum(-1, keepdim=True) > torch.finfo(p.dtype).tiny, residual, p)

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+from functools import cache
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_pos_emb
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 #: Queries attended at once. Each chunk sees the context and its own blocks only, so the cost grows
 #: linearly with the number of anchors.
@@ -19,38 +25,121 @@ Rotary = tuple[Tensor, Tensor]
 KeysValues = tuple[Tensor, Tensor]
 
 
-def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor) -> Tensor:
-    """Each block attends to the context strictly before its end there, and to all of itself.
+#: ``auto``: FlexAttention on a GPU for blocks that are drafted in parallel, scaled dot products elsewhere.
+Kernel = Literal["auto", "flex", "sdpa"]
+
+
+class View(NamedTuple):
+    """What blocks see of the context: the entries from ``begins`` up to ``ends [batch, A]``, and their own block.
+
+    ``begins`` None: from entry 0. ``spans``: for each chunk of blocks that :func:`block_attention` takes at once the
+    entries that any of them sees, so that it leaves out the others; None: all. ``mask``: FlexAttention's block mask
+    over all blocks at once, instead of chunks.
+    """
+
+    ends: Tensor
+    begins: Tensor | None = None
+    spans: list[slice] | None = None
+    mask: BlockMask | None = None
+
+    @classmethod
+    def of_many(cls, ends: Tensor, begins: Tensor | None, size: int, entries: int | None = None) -> View:
+        """Of blocks of ``size`` queries each.
+
+        Args:
+            entries: of the context, for FlexAttention; None attends by scaled dot products.
+        """
+        if entries is not None:
+            return cls(ends, begins, mask=_block_mask(ends, begins, size, entries))
+        chunk = max(1, MAX_QUERIES // size)
+        first = torch.zeros_like(ends) if begins is None else begins
+        least = torch.stack([part.min() for part in first.split(chunk, 1)])
+        most = torch.stack([part.max() for part in ends.split(chunk, 1)])
+        bounds = torch.stack([least, most.clamp_min(0)], -1).tolist()
+        return cls(ends, begins, [slice(*pair) for pair in bounds])
+
+
+def uses_flex(kernel: Kernel, device: torch.device) -> bool:
+    """Whether blocks drafted in parallel there attend by FlexAttention, which has no backward on a CPU."""
+    return kernel == "flex" or (kernel == "auto" and device.type == "cuda")
+
+
+def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues, view: View) -> Tensor:
+    """Each block attends to its view of the context, and to all of itself.
 
     Args:
         query: ``[batch, heads, A, Q, head_dim]``.
         context: keys and values ``[batch, kv_heads, n, head_dim]`` of entries ``0..n-1``, or None
             where there is no context yet.
         block: keys and values ``[batch, kv_heads, A, B, head_dim]``.
-        ends: ``[batch, A]``.
+        view: of the ``A`` blocks.
 
     Returns:
         ``[batch, heads, A, Q, head_dim]``.
     """
+    if view.mask is not None:
+        assert context is not None
+        keys, values = (torch.cat([c, o.flatten(2, 3)], dim=2) for c, o in zip(context, block, strict=True))
+        attended = _flex()(query.flatten(2, 3), keys, values, block_mask=view.mask, enable_gqa=True)
+        return attended.unflatten(2, query.shape[2:4])
     size, own_size = query.shape[3], block[0].shape[3]
     chunk = max(1, MAX_QUERIES // size)
     outputs = []
-    for start in range(0, ends.shape[1], chunk):
+    for number, start in enumerate(range(0, view.ends.shape[1], chunk)):
         part = slice(start, start + chunk)
+        ends = view.ends[:, part, None]
         keys, values = block[0][:, :, part].flatten(2, 3), block[1][:, :, part].flatten(2, 3)
-        blocks = torch.arange(ends[:, part].shape[1], device=query.device)
+        blocks = torch.arange(ends.shape[1], device=query.device)
         asked, owned = blocks.repeat_interleave(size), blocks.repeat_interleave(own_size)
         allowed = (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
         if context is not None:
-            length = context[0].shape[2]
-            before = torch.arange(length, device=query.device) < ends[:, part, None]
+            seen = slice(None) if view.spans is None else view.spans[number]
+            entries = torch.arange(context[0].shape[2], device=query.device)[seen]
+            before = entries < ends
+            if view.begins is not None:
+                before &= entries >= view.begins[:, part, None]
             allowed = torch.cat([before.repeat_interleave(size, dim=1), allowed], dim=-1)
-            keys, values = torch.cat([context[0], keys], dim=2), torch.cat([context[1], values], dim=2)
-        attended = F.scaled_dot_product_attention(
-            query[:, :, part].flatten(2, 3), keys, values, attn_mask=allowed[:, None], enable_gqa=True
-        )
+            keys, values = (torch.cat([c[:, :, seen], o], dim=2) for c, o in zip(context, (keys, values), strict=True))
+        attended = _masked(query[:, :, part].flatten(2, 3), keys, values, allowed[:, None])
         outputs.append(attended.unflatten(2, (len(blocks), size)))
     return torch.cat(outputs, dim=2)
+
+
+def _masked(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
+    """Scaled dot products under a boolean mask."""
+    if query.is_cuda:
+        # torch's memory-efficient kernel takes a mask, but no grouped heads.
+        groups = query.shape[1] // keys.shape[1]
+        keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
+    return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed, enable_gqa=not query.is_cuda)
+
+
+def _block_mask(ends: Tensor, begins: Tensor | None, size: int, entries: int) -> BlockMask:
+    """FlexAttention's mask of all blocks' queries over the context's entries and all blocks' keys."""
+
+    def sees(row: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        block = query // size
+        before = key < ends[row, block]
+        if begins is not None:
+            before = before & (key >= begins[row, block])
+        return torch.where(key < entries, before, (key - entries) // size == block)
+
+    batch, count = ends.shape
+    return _make_block_mask()(sees, batch, None, count * size, entries + count * size, device=ends.device)
+
+
+@cache
+def _flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@cache
+def _make_block_mask() -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return torch.compile(create_block_mask, dynamic=True)
 
 
 class DraftAttention(nn.Module):
@@ -81,10 +170,15 @@ class DraftAttention(nn.Module):
         return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
 
     def forward(
-        self, states: Tensor, context: KeysValues | None, block: KeysValues, ends: Tensor, rotary: Rotary
+        self,
+        states: Tensor,
+        context: KeysValues | None,
+        block: KeysValues,
+        view: View,
+        rotary: Rotary,
     ) -> Tensor:
         """``states [batch, A * Q, width]`` over context and block; see :func:`block_attention`."""
         query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)
         query = apply_rotary_pos_emb(query, query, *rotary)[0]
-        attended = block_attention(query.unflatten(2, (ends.shape[1], -1)), context, block, ends)
+        attended = block_attention(query.unflatten(2, (view.ends.shape[1], -1)), context, block, view)
         return self.o_proj(attended.flatten(2, 3).transpose(1, 2).flatten(2))

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View
 from draftopd.drafters.base import Chooser, Draft, Drafter
 from draftopd.targets.target import Target
 
@@ -80,12 +80,24 @@ class AutoregressiveDrafter(Drafter):
     def leave(self, output: Tensor) -> tuple[Tensor, Tensor]:
         """The layer's output ``[..., hidden]``, ready for the LM head, and as the state of the next step."""
 
-    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
+    def replay(
+        self,
+        target: Target,
+        features: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
+    ) -> Draft:
         states = self.fuse(features)
-        positions = torch.arange(ids.shape[1] - 1, device=ids.device).expand(ids.shape[0], -1)
+        positions, first = torch.arange(ids.shape[1] - 1, device=ids.device).expand(ids.shape[0], -1), None
+        if begins is not None:
+            positions, first = positions - begins[:, 1:], begins.gather(1, anchors)
         context = self._keys_values(self.entry(target, ids[:, 1:], states[:, :-1]).states, positions)
         before = _at(states, (anchors - 1).clamp_min(0))
-        return self._blocks(target, context, before, anchors, ids.gather(1, anchors), choose)
+        # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
+        view = View.of_many(anchors - 1, first, 1)
+        return self._blocks(target, context, before, view, ids.gather(1, anchors), choose)
 
     def start(self, capacity: int) -> DraftState:
         return DraftState(PositionStore(capacity))
@@ -110,36 +122,38 @@ class AutoregressiveDrafter(Drafter):
     def draft(
         self, target: Target, state: DraftState, anchors: Tensor, anchor_tokens: Tensor, visible: int, choose: Chooser
     ) -> Draft:
-        anchors, tokens = anchors[:, None], anchor_tokens[:, None]
+        before, view = state.features_at(anchors[:, None] - 1), View(anchors[:, None] - 1)
         # Entry 0 does not exist: the context begins with entry 1.
         keys, values = (t[:, :, 1:] for t in state.entries.read(visible))
-        return self._blocks(target, (keys, values), state.features_at(anchors - 1), anchors, tokens, choose)
+        return self._blocks(target, (keys, values), before, view, anchor_tokens[:, None], choose)
 
     def _keys_values(self, states: Tensor, positions: Tensor) -> KeysValues:
         return self.layer.self_attn.keys_values(states, self.rotary_emb(states, positions))
 
     def _blocks(
-        self, target: Target, context: KeysValues, states: Tensor, anchors: Tensor, tokens: Tensor, choose: Chooser
+        self, target: Target, context: KeysValues, states: Tensor, view: View, tokens: Tensor, choose: Chooser
     ) -> Draft:
-        """Blocks at ``anchors [batch, A]`` that begin with ``tokens [batch, A]`` after ``states [batch, A, hidden]``.
+        """Blocks that begin with ``tokens [batch, A]`` after ``states [batch, A, hidden]``.
 
-        ``context``: keys and values of the entries from 1 on.
+        ``context``: keys and values of the entries from 1 on; the view of it ends just before the anchors' own
+        entries. Like the first token of a text, that of a packed sequence has no entry that counts.
         """
         layer = self.layer
+        places = view.ends if view.begins is None else view.ends - view.begins
 
-        def pass_layer(entry: Entry, own: KeysValues, ends: Tensor, rotary: Rotary) -> Tensor:
-            output = entry.residual + layer.self_attn(entry.states, context, own, ends, rotary)
+        def pass_layer(entry: Entry, own: KeysValues, rotary: Rotary) -> Tensor:
+            output = entry.residual + layer.self_attn(entry.states, context, own, view, rotary)
             return output + layer.mlp(layer.post_attention_layernorm(output))
 
         keys, values, hidden, proposals = [], [], [], []
         for step in range(self.num_proposals):
             entry = self.entry(target, tokens, states)
-            rotary = self.rotary_emb(entry.states, anchors - 1 + step)
+            rotary = self.rotary_emb(entry.states, places + step)
             key, value = layer.self_attn.keys_values(entry.states, rotary)
             keys.append(key)
             values.append(value)
             own = torch.stack(keys, 3), torch.stack(values, 3)
-            output = self.through(pass_layer, entry, own, anchors - 1, rotary)
+            output = self.through(pass_layer, entry, own, rotary)
             slot, states = self.leave(output)
             tokens = choose(slot[:, :, None])[..., 0]
             hidden.append(slot)

@@ -9,7 +9,7 @@ while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`, :meth:`Drafter.d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
+from draftopd.decoding.cache import PositionStore
+from draftopd.drafters.attention import Kernel
 from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
 from draftopd.errors import DrafterError
 from draftopd.targets.head import LMHead
@@ -71,6 +73,8 @@ class Drafter(nn.Module, ABC):
     autoregressive = False
     #: Keep only what goes into a layer, and compute the layer again on the way back: less memory, more time.
     activation_checkpointing = False
+    #: The kernel that attends in :meth:`replay`, where there is a choice.
+    attention: Kernel = "auto"
 
     def through(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
         """``layer(*inputs)``, computed again in the backward pass with :attr:`activation_checkpointing`."""
@@ -88,7 +92,15 @@ class Drafter(nn.Module, ABC):
         return target.head
 
     @abstractmethod
-    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
+    def replay(
+        self,
+        target: Target,
+        features: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
+    ) -> Draft:
         """Draft at many anchors of recorded sequences in one pass.
 
         Args:
@@ -97,11 +109,19 @@ class Drafter(nn.Module, ABC):
             anchors: ``[batch, A]`` positions; 1 or more where the drafter is autoregressive, whose first step needs
                 the feature before the anchor.
             choose: picks the proposals.
+            begins: ``[batch, n]``, for rows that hold several sequences: where in the row each token's own begins.
+                ``anchors`` are then places in the row; a block sees its own sequence only, and positions count from
+                its beginning.
         """
 
     @abstractmethod
     def start(self, capacity: int) -> Any:
         """A fresh decoding state for sequences up to ``capacity`` tokens."""
+
+    def stores(self, state: Any) -> Sequence[PositionStore]:
+        """Where a decoding state is kept in place, all of it; empty where a step puts new tensors into the state,
+        which rules out CUDA graphs."""
+        return ()
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> None:
@@ -169,10 +189,16 @@ class Drafter(nn.Module, ABC):
         drafter.check_fits(target)
         return drafter
 
-    def save(self, directory: Path, dtype: torch.dtype = torch.bfloat16) -> None:
-        """Write config.json and model.safetensors in the public format; what was there stays whole until then."""
+    def save(
+        self, directory: Path, dtype: torch.dtype = torch.bfloat16, tensors: Mapping[str, Tensor] | None = None
+    ) -> None:
+        """Write config.json and model.safetensors in the public format; what was there stays whole until then.
+
+        Args:
+            tensors: its weights, where they are not here as a whole.
+        """
         raw = self.describe() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_checkpoint(Path(directory), raw, cast(self.state_dict(), dtype))
+        write_checkpoint(Path(directory), raw, cast(self.state_dict() if tensors is None else tensors, dtype))
 
     @abstractmethod
     def made_for(self) -> TargetShape:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,9 +16,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
-from draftopd.errors import DrafterError
-from draftopd.files import replaced
-from draftopd.json_text import listed, read_json, shown, whole
+from draftopd.errors import DrafterError, FileError
+from draftopd.files import checksum, read_json, replaced, write_json, writing
+from draftopd.json_text import listed, parse_json, shown, whole
+
+log = logging.getLogger(__name__)
+
+_CONFIG, _WEIGHTS = "config.json", "model.safetensors"
+
+#: Beside the two files of the public format, which have no room for it: their checksums, and its own format.
+_CHECKSUMS, FORMAT = "checksums.json", 1
 
 Config = TypeVar("Config", bound=PreTrainedConfig)
 Built = TypeVar("Built", bound=nn.Module)
@@ -47,8 +55,9 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         DrafterError: if one is missing or damaged.
     """
     try:
-        raw = read_json((directory / "config.json").read_bytes())
-        tensors = load_file(directory / "model.safetensors")
+        raw = parse_json((directory / _CONFIG).read_bytes())
+        tensors = load_file(directory / _WEIGHTS)
+        _check_written(directory)
     except FileNotFoundError as error:
         raise DrafterError(
             f"No drafter in {directory}: {Path(error.filename or 'model.safetensors').name} is missing. "
@@ -69,6 +78,27 @@ def architecture_of(raw: dict[str, Any]) -> str:
     """The architecture that a ``config.json`` names; ``?`` where it names none."""
     named = raw.get("architectures")
     return shown(named[0], 60) if isinstance(named, list) and named and isinstance(named[0], str) else "?"
+
+
+def _check_written(directory: Path) -> None:
+    """Refuse weights that are not those written; a drafter that came from elsewhere has nothing to compare with."""
+    place = directory / _CHECKSUMS
+    if not place.exists():
+        return
+    try:
+        written = read_json(place, FORMAT)
+    except FileError as error:
+        log.warning("%s The drafter beside it is read unchecked.", error)
+        return
+    weights, config = directory / _WEIGHTS, directory / _CONFIG
+    if checksum(weights) != written.get(_WEIGHTS):
+        raise DrafterError(
+            f"{weights} is damaged: its checksum differs. Copy it again, or export it from the run's checkpoint "
+            f"(python -m draftopd.interop export). If it was changed on purpose, delete {_CHECKSUMS} beside it."
+        )
+    if checksum(config) != written.get(_CONFIG):
+        # It may be edited for a serving engine.
+        log.warning("%s was changed, or damaged, since the drafter was written.", config)
 
 
 def parse_layers(kind: type[Config], raw: dict[str, Any], where: str) -> Config:
@@ -201,9 +231,19 @@ def cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]
 
 
 def write_checkpoint(directory: Path, raw: dict[str, Any], tensors: dict[str, Tensor]) -> None:
-    """Write ``model.safetensors`` and ``config.json``, each whole or not at all."""
-    directory.mkdir(parents=True, exist_ok=True)
-    with replaced(directory / "model.safetensors") as partial:
+    """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
+
+    ``checksums.json`` beside them is for :func:`read_checkpoint`; other readers pass over it.
+
+    Raises:
+        FileError: if they cannot be written; what was there before stays.
+    """
+    with writing(directory):
+        directory.mkdir(parents=True, exist_ok=True)
+        # Until both files are new, nothing is said of either.
+        (directory / _CHECKSUMS).unlink(missing_ok=True)
+    with replaced(directory / _WEIGHTS) as partial:
         save_file({name: t.contiguous() for name, t in tensors.items()}, partial, metadata={"format": "pt"})
-    with replaced(directory / "config.json") as partial:
+    with replaced(directory / _CONFIG) as partial:
         partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / _CHECKSUMS, {name: checksum(directory / name) for name in (_WEIGHTS, _CONFIG)}, FORMAT)

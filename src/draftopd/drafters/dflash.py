@@ -17,7 +17,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwe
 from typing_extensions import Self
 
 from draftopd.decoding.cache import PositionStore
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary
+from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View, uses_flex
 from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
 from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
@@ -59,11 +59,11 @@ class DFlashLayer(nn.Module):
         self.input_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, block: Tensor, context: KeysValues | None, anchors: Tensor, rotary: Rotary) -> Tensor:
+    def forward(self, block: Tensor, context: KeysValues | None, view: View, rotary: Rotary) -> Tensor:
         """``block [batch, A * B, hidden]``; see :func:`~draftopd.drafters.attention.block_attention`."""
         normed = self.input_layernorm(block)
-        keys, values = (t.unflatten(2, (anchors.shape[1], -1)) for t in self.self_attn.keys_values(normed, rotary))
-        block = block + self.self_attn(normed, context, (keys, values), anchors, rotary)
+        keys, values = (t.unflatten(2, (view.ends.shape[1], -1)) for t in self.self_attn.keys_values(normed, rotary))
+        block = block + self.self_attn(normed, context, (keys, values), view, rotary)
         return block + self.mlp(self.post_attention_layernorm(block))
 
 
@@ -183,12 +183,27 @@ class DFlashDrafter(Drafter):
         layers = (layer for layer in self.layers if isinstance(layer, DFlashLayer))
         return [layer.self_attn.keys_values(states, rotary) for layer in layers]
 
-    def replay(self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser) -> Draft:
-        positions = torch.arange(features.shape[1], device=features.device)[None]
-        return self._blocks(target, self.context(features, positions), anchors, ids.gather(1, anchors), choose)
+    def replay(
+        self,
+        target: Target,
+        features: Tensor,
+        ids: Tensor,
+        anchors: Tensor,
+        choose: Chooser,
+        begins: Tensor | None = None,
+    ) -> Draft:
+        positions, first = torch.arange(features.shape[1], device=features.device)[None], None
+        if begins is not None:
+            positions, first = positions - begins, begins.gather(1, anchors)
+        entries = ids.shape[1] if uses_flex(self.attention, ids.device) else None
+        view = View.of_many(anchors, first, self.block_size, entries)
+        return self._blocks(target, self.context(features, positions), view, ids.gather(1, anchors), choose)
 
     def start(self, capacity: int) -> list[PositionStore]:
         return [PositionStore(capacity) for _ in self.layers]
+
+    def stores(self, state: list[PositionStore]) -> list[PositionStore]:
+        return state
 
     def select(self, state: list[PositionStore], rows: Tensor) -> None:
         for store in state:
@@ -210,22 +225,19 @@ class DFlashDrafter(Drafter):
         choose: Chooser,
     ) -> Draft:
         context = [store.read(visible) for store in state]
-        return self._blocks(target, context, anchors[:, None], anchor_tokens[:, None], choose)
+        return self._blocks(target, context, View(anchors[:, None]), anchor_tokens[:, None], choose)
 
     def _blocks(
-        self,
-        target: Target,
-        context: list[KeysValues],
-        anchors: Tensor,
-        anchor_tokens: Tensor,
-        choose: Chooser,
+        self, target: Target, context: list[KeysValues], view: View, anchor_tokens: Tensor, choose: Chooser
     ) -> Draft:
+        """Blocks at the anchors where their view ends."""
         tokens = anchor_tokens.new_full((*anchor_tokens.shape, self.block_size), self.mask_token_id)
         tokens[..., 0] = anchor_tokens
         block = target.embed(tokens).to(self.fc.weight.dtype).flatten(1, 2)
-        positions = (anchors[..., None] + torch.arange(self.block_size, device=anchors.device)).flatten(1)
+        places = view.ends if view.begins is None else view.ends - view.begins
+        positions = (places[..., None] + torch.arange(self.block_size, device=places.device)).flatten(1)
         rotary = self.rotary_emb(block, positions)
         for layer, keys_values in zip(self.layers, context, strict=True):
-            block = self.through(layer, block, keys_values, anchors, rotary)
+            block = self.through(layer, block, keys_values, view, rotary)
         hidden = self.norm(block.unflatten(1, (-1, self.block_size))[:, :, 1:])
         return Draft(hidden, choose(hidden))

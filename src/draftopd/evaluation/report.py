@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import asdict, dataclass
 from itertools import pairwise
@@ -12,12 +11,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from draftopd import files
 from draftopd.evaluation.cost import Prediction, best
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import Evaluation
 from draftopd.evaluation.statistics import Interval, difference, groups_of, sentence
 from draftopd.evaluation.store import finite
 from draftopd.files import replaced
+
+#: Of ``results.json``.
+FORMAT = 1
 
 #: Mismatches named on the terminal; the JSON file has all.
 MISMATCHES_SHOWN = 5
@@ -227,8 +230,7 @@ def write_json(report: Report, path: Path, record: dict[str, Any]) -> None:
             {"benchmark": r.benchmark, "drafter": r.drafter, **asdict(p)} for r in report.results for p in r.prompts
         ],
     }
-    with replaced(path) as partial:
-        partial.write_text(json.dumps(finite(content), indent=2) + "\n", encoding="utf-8")
+    files.write_json(path, finite(content), FORMAT)
 
 
 def verdict(result: Evaluation) -> str:

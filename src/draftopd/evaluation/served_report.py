@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,10 @@ from rich.table import Table
 
 from draftopd.evaluation.served import Served
 from draftopd.evaluation.store import finite
-from draftopd.files import replaced
+from draftopd.files import replaced, write_json
+
+#: Of ``served.json``.
+FORMAT = 1
 
 HEADINGS = (
     "benchmark",
@@ -52,8 +54,7 @@ def print_served(found: Sequence[Served], console: Console | None = None) -> Non
 def write_served(found: Sequence[Served], directory: Path, record: dict[str, Any]) -> None:
     """``served.json``, with ``record`` (what was evaluated, with which versions), and ``table.md``."""
     content = finite({**record, "served": [s.as_dict() for s in found]})
-    with replaced(directory / "served.json") as partial:
-        partial.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    write_json(directory / "served.json", content, FORMAT)
     lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
     lines += ["| " + " | ".join(row) + " |" for row in rows(found)]
     with replaced(directory / "table.md") as partial:

@@ -13,12 +13,12 @@ training checkpoint can be exported while training goes on.
 from __future__ import annotations
 
 import argparse
-import pickle
 import sys
 from pathlib import Path
 
 import torch
 
+from draftopd import checkpoints
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -26,7 +26,6 @@ from draftopd.drafters.load import assemble, load_drafter
 from draftopd.errors import DrafterError, DraftOPDError
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
-from draftopd.json_text import shown
 from draftopd.targets.hub import resolve
 
 _PREFIX = "drafter."
@@ -36,23 +35,11 @@ def read_training_checkpoint(path: Path) -> Drafter:
     """The drafter of a training run's ``.ckpt``, in float32.
 
     Raises:
-        DrafterError: if the file is no such checkpoint, or damaged.
+        FileError: if the file is no such checkpoint, or damaged.
     """
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        described, weights = checkpoint["drafter"], checkpoint["state_dict"]
-        tensors = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
-        if not isinstance(described, dict) or not all(isinstance(t, torch.Tensor) for t in tensors.values()):
-            raise TypeError("it holds no drafter")
-    except Exception as error:  # torch.load has no kind of error of its own
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        if isinstance(error, pickle.UnpicklingError):
-            # torch's own advice is to load it all the same, which would run what it holds.
-            reason = "it holds something else than tensors and plain values, which is never loaded"
-        raise DrafterError(
-            f"{path} is no checkpoint of a training run, or damaged: {shown(reason)}. Name a run's "
-            "checkpoints/last.ckpt or best.ckpt, or a drafter's directory."
-        ) from error
+    checkpoint = checkpoints.read(path)
+    described, weights = checkpoint["drafter"], checkpoint["state_dict"]
+    tensors = {name.removeprefix(_PREFIX): t for name, t in weights.items() if name.startswith(_PREFIX)}
     return assemble(described, tensors, str(path))
 
 

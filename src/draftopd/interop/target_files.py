@@ -10,7 +10,7 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from draftopd.errors import TargetError
-from draftopd.json_text import read_json, shown, whole
+from draftopd.json_text import parse_json, shown, whole
 from draftopd.targets.hub import check_places, local_only, resolve, unavailable
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
@@ -29,7 +29,7 @@ class TargetFiles:
     def __init__(self, path: str) -> None:
         self.path = resolve(path)
         try:
-            raw = read_json(self._file("config.json").read_bytes())
+            raw = parse_json(self._file("config.json").read_bytes())
         except (ValueError, OSError) as error:
             raise TargetError(f"config.json of {path} cannot be read: {error}. Copy or download it again.") from error
         if not isinstance(raw, dict):
@@ -61,7 +61,7 @@ class TargetFiles:
         try:
             index = self._file(_INDEX, needed=False)
             if index is not None:
-                places = dict(read_json(index.read_bytes())["weight_map"])
+                places = dict(parse_json(index.read_bytes())["weight_map"])
             else:
                 with safe_open(self._file(_WHOLE), framework="pt") as file:
                     places = dict.fromkeys(file.keys(), _WHOLE)

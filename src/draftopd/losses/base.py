@@ -36,6 +36,13 @@ Normalization = Literal["stream", "token"]
 
 Stream = Literal["accepted", "rejected"]
 
+#: What a token counts as that the target excludes (a logit of -inf): its probability is 0 all the same, but ``0 log 0``
+#: is then 0, and a drafter that proposes it pays a finite reverse KL. Logits within 1e4 of one another come to no such
+#: number unless divided by a temperature below 0.01.
+LEAST_LOG_P = -1e6
+#: Below this a temperature is 0 in all but name, and float32 logits overflow when divided by it.
+LEAST_TEMPERATURE = 1e-6
+
 
 class Loss(ABC):
     """A pure function of replayed blocks."""
@@ -173,8 +180,8 @@ class Teacher:
     """
 
     def __init__(self, temperature: float = 1.0, top_k: int | None = None, renormalize: bool = True) -> None:
-        if not temperature > 0:
-            raise ValueError(f"teacher_temperature must be above 0, found {temperature}.")
+        if not LEAST_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(f"teacher_temperature must be {LEAST_TEMPERATURE:g} or more, found {temperature}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"teacher_top_k must be 1 or more, or null, found {top_k}.")
         self.temperature, self.top_k, self.renormalize = temperature, top_k, renormalize
@@ -199,7 +206,10 @@ class Teacher:
 
         def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
             with torch.no_grad():
-                log_p = (blocks.teacher_logits(states) / self.temperature).log_softmax(-1)
+                logits = blocks.teacher_logits(states)
+                if self.temperature != 1:
+                    logits = logits / self.temperature
+                log_p = logits.log_softmax(-1).clamp_(min=LEAST_LOG_P)
                 if self.top_k is not None:
                     log_p, mass = keep_top_k(log_p, self.top_k)
                     if self._counting:

@@ -9,7 +9,6 @@ is removed only then. Reading maps one shard at a time, so memory does not grow 
 
 from __future__ import annotations
 
-import json
 import shutil
 import sys
 from collections.abc import Callable, Iterable
@@ -21,12 +20,12 @@ from types import TracebackType
 
 from safetensors import SafetensorError
 
-from draftopd.errors import BufferError
-from draftopd.files import replaced
-from draftopd.json_text import read_json, shown, whole
-from draftopd.rollout.shards import Shard, checksum, disk, write_shard
+from draftopd.errors import BufferError, FileError
+from draftopd.files import checksum, inside, read_json, sync, write_json
+from draftopd.json_text import shown, whole
+from draftopd.rollout.shards import Shard, disk, write_shard
 
-FORMAT = 2
+FORMAT = 3
 _COLUMNS = ("tokens", "anchors", "accepted", "emitted")
 
 
@@ -56,7 +55,6 @@ class Manifest:
     blocks: int
     emitted: int
     shards: dict[str, int]
-    format: int = FORMAT
 
     @property
     def tau(self) -> float:
@@ -144,11 +142,11 @@ class BufferWriter:
                 counts["blocks"] += shard.offsets("anchors")[-1]
                 counts["emitted"] += int(shard.column("emitted").sum())
             manifest = Manifest(self.generation, self.step, shards={p.name: checksum(p) for p in paths}, **counts)
-            with replaced(self.partial / "manifest.json") as partial:
-                partial.write_text(json.dumps(asdict(manifest), indent=2) + "\n", encoding="utf-8")
+            write_json(self.partial / "manifest.json", asdict(manifest), FORMAT)
             final = _directory(self.root, self.generation)
             shutil.rmtree(final, ignore_errors=True)
             self.partial.rename(final)
+            sync(self.root)
             for other in self.root.glob("generation-*"):
                 if other != final:
                     shutil.rmtree(other, ignore_errors=True)
@@ -167,7 +165,10 @@ class AnchorBuffer:
         self._places: list[tuple[Shard, int]] = []
         self.lengths: list[int] = []
         for name, expected in self.manifest.shards.items():
-            path = self.directory / name
+            try:
+                path = inside(self.directory, name)
+            except FileError as error:
+                raise BufferError(f"{error} Delete {self.directory} and roll out again.") from error
             try:
                 if checksum(path) != expected:
                     raise BufferError(
@@ -203,8 +204,8 @@ class AnchorBuffer:
         columns = {name: shard.row(name, row) for name in _COLUMNS}
         size, blocks = len(columns["tokens"]), len(columns["anchors"])
         fits = len(lengths) == 1 and 0 < lengths[0] <= size and min(columns["tokens"]) >= 0
-        inside = all(0 < anchor < size for anchor in columns["anchors"])
-        if not fits or not inside or {len(columns["accepted"]), len(columns["emitted"])} != {blocks}:
+        within = all(0 < anchor < size for anchor in columns["anchors"])
+        if not fits or not within or {len(columns["accepted"]), len(columns["emitted"])} != {blocks}:
             raise BufferError(
                 f"Sequence {index} of {self.directory} is none: its lengths or anchors do not fit its tokens. Delete "
                 f"{self.directory} and roll out again."
@@ -219,20 +220,15 @@ def read_manifest(directory: Path) -> Manifest:
         BufferError: if it is absent, unreadable or of another format.
     """
     try:
-        raw = read_json((directory / "manifest.json").read_bytes())
-        manifest = Manifest(**raw)
+        manifest = Manifest(**read_json(directory / "manifest.json", FORMAT))
         counts = [getattr(manifest, field.name) for field in fields(manifest) if field.name != "shards"]
         for count in [*counts, *manifest.shards.values()]:
             if whole(count) < 0:
-                raise ValueError(f"{count} where a count belongs")
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+                raise ValueError(f"{count} where a count belongs.")
+    except (FileError, ValueError, TypeError, AttributeError) as error:
         raise BufferError(
-            f"{directory} is no anchor buffer generation: {shown(str(error))}. Delete it and roll out again."
+            f"{directory} is no whole anchor buffer generation: {shown(str(error))} Delete it and roll out again."
         ) from error
-    if manifest.format != FORMAT:
-        raise BufferError(
-            f"{directory} has buffer format {manifest.format}, this version reads {FORMAT}: roll out again."
-        )
     return manifest
 
 

@@ -36,13 +36,14 @@ class FreshAnchors:
         """The batch at this drafter's anchors.
 
         Args:
-            features: ``[batch, n, taps * hidden]``, as the drafter reads them.
-            states: ``[batch, n, hidden]``, needed where the walker is ``coupled``.
+            features: ``[rows, n, taps * hidden]``, as the drafter reads them.
+            states: ``[rows, n, hidden]``, needed where the walker is ``coupled``.
             seed: of the coupling's draws, and of which anchors stay where there are too many.
             step: optimizer steps the drafter has taken.
         """
-        texts = Texts(batch.ids, batch.starts, batch.lengths, features, states)
-        rows = zip(batch.ids.tolist(), batch.lengths.tolist(), strict=True)
+        states = None if states is None else batch.unpacked(states)
+        texts = Texts(batch.unpacked(batch.ids), batch.starts, batch.lengths, batch.unpacked(features), states)
+        rows = zip(texts.ids.tolist(), batch.lengths.tolist(), strict=True)
         seeds = [text_seed(seed, ids[:length]) for ids, length in rows]
         visited = self.walker.walk(target, drafter, texts, seeds)
         generator = torch.Generator().manual_seed(seed % 2**63)

@@ -11,7 +11,7 @@ from typing import Any
 
 from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
-from draftopd.json_text import MAX_LINE, listed, read_json, shown
+from draftopd.json_text import MAX_LINE, listed, parse_json, shown
 from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Request, Trajectories, Trajectory
 
 
@@ -134,7 +134,7 @@ class JsonlTrajectories(RecordedTrajectories):
         try:
             with self.path.open("rb") as file:
                 file.seek(self._starts[index])
-                return read_json(file.readline()), where
+                return parse_json(file.readline()), where
         except (OSError, ValueError) as error:
             raise PromptError(f"{where} is not JSON ({error}): write one object a line.") from error
 

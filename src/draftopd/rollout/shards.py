@@ -2,39 +2,53 @@
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import save
 from torch import Tensor
 
-from draftopd.errors import BufferError
-from draftopd.files import replaced
+from draftopd.errors import BufferError, FileError
+from draftopd.files import replaced, writing
+
+#: Of the layout of a shard; kept in its metadata.
+FORMAT = "1"
 
 
-def write_shard(path: Path, columns: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Write columns of equally many rows; ``NAME`` holds the numbers, ``NAME_offsets`` where rows begin."""
+def pack(columns: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
+    """A shard of columns of equally many rows; ``NAME`` holds the numbers, ``NAME_offsets`` where rows begin."""
     tensors = {}
     for name, rows in columns.items():
         tensors[name] = torch.tensor([x for row in rows for x in row], dtype=torch.int32)
         tensors[f"{name}_offsets"] = torch.tensor([0, *map(len, rows)], dtype=torch.int64).cumsum(0)
+    return save(tensors, metadata={"draftopd_rows": FORMAT})
+
+
+def write_shard(path: Path, columns: Mapping[str, Sequence[Sequence[int]]]) -> None:
+    """Write what :func:`pack` makes of the columns.
+
+    Raises:
+        FileError: if it cannot be written.
+    """
     with replaced(path) as partial:
-        save_file(tensors, partial)
+        partial.write_bytes(pack(columns))
 
 
 class Shard:
     """A shard opened for reading; the rows stay on disk until asked for.
 
     Raises:
-        OSError, SafetensorError, KeyError: if it is absent or damaged.
+        OSError, SafetensorError, KeyError, ValueError: if it is absent, damaged or of another format.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt").__enter__()
+        found = (self._file.metadata() or {}).get("draftopd_rows", FORMAT)
+        if found != FORMAT:
+            raise ValueError(f"it has format {found}, this version reads {FORMAT}")
         self._offsets: dict[str, list[int]] = {}
 
     def offsets(self, name: str) -> list[int]:
@@ -76,15 +90,6 @@ class Shard:
         return self._file.get_tensor(name)
 
 
-def checksum(path: Path) -> int:
-    """CRC-32 of a file."""
-    value = 0
-    with path.open("rb") as file:
-        while block := file.read(1 << 20):
-            value = zlib.crc32(block, value)
-    return value
-
-
 @contextmanager
 def disk(root: Path, what: str) -> Iterator[None]:
     """Turn the disk's errors into one clear message.
@@ -93,9 +98,7 @@ def disk(root: Path, what: str) -> Iterator[None]:
         BufferError: naming what could not be written, and why.
     """
     try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise BufferError(
-            f"{what} in {root} cannot be written: {error}. Free space or choose another directory "
-            "(hydra.run.dir=DIR); what was written before and the checkpoints are untouched."
-        ) from error
+        with writing(f"{what} in {root}"):
+            yield
+    except FileError as error:
+        raise BufferError(str(error)) from error

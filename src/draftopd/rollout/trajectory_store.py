@@ -10,17 +10,17 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import time
 import uuid
+import zlib
 from pathlib import Path
 from types import TracebackType
 from typing import Any
 
 from safetensors import SafetensorError
 
-from draftopd.files import replaced
-from draftopd.rollout.shards import Shard, checksum, disk, write_shard
+from draftopd.files import checksum, replaced, write_json
+from draftopd.rollout.shards import FORMAT, Shard, disk, pack
 
 log = logging.getLogger(__name__)
 
@@ -50,8 +50,7 @@ class TrajectoryStore:
         with disk(self.directory, "The trajectory store"):
             self.directory.mkdir(parents=True, exist_ok=True)
             if not (self.directory / "settings.json").exists():
-                with replaced(self.directory / "settings.json") as partial:
-                    partial.write_text(json.dumps(settings, indent=2, default=str) + "\n", encoding="utf-8")
+                write_json(self.directory / "settings.json", settings, int(FORMAT))
             for path in sorted(self.directory.glob("texts-*.safetensors")):
                 self._index(path)
 
@@ -90,10 +89,10 @@ class TrajectoryStore:
             return
         prompts, responses = zip(*self._pending.values(), strict=True)
         with disk(self.directory, "The trajectory store"):
-            unnamed = self.directory / f"new-{uuid.uuid4().hex}.safetensors"
-            write_shard(unnamed, {"prompts": prompts, "responses": responses})
-            path = self.directory / f"texts-{uuid.uuid4().hex[:12]}-{checksum(unnamed):08x}.safetensors"
-            os.replace(unnamed, path)
+            content = pack({"prompts": prompts, "responses": responses})
+            path = self.directory / f"texts-{uuid.uuid4().hex[:12]}-{zlib.crc32(content):08x}.safetensors"
+            with replaced(path) as partial:
+                partial.write_bytes(content)
             self._shards[path] = Shard(path)
         self._places |= {key: (path, index) for index, key in enumerate(self._pending)}
         self._pending.clear()

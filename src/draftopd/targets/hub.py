@@ -15,7 +15,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
 
 from draftopd.errors import TargetError
-from draftopd.json_text import listed, read_json, shown
+from draftopd.json_text import listed, parse_json, shown
 
 # For a model without safetensors transformers would ask a service on the hub to convert it: nobody asked for that.
 os.environ.setdefault("DISABLE_SAFETENSORS_CONVERSION", "1")
@@ -65,7 +65,7 @@ def check_index(directory: str) -> None:
     if not index.is_file():
         return
     try:
-        places = dict(read_json(index.read_bytes())["weight_map"]).values()
+        places = dict(parse_json(index.read_bytes())["weight_map"]).values()
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{index} cannot be read ({shown(str(error))}): copy or download it again.") from error
     check_places(places, directory)
@@ -93,6 +93,25 @@ def check_width(directory: str, config: PreTrainedConfig) -> None:
                 f"config.json of {directory} describes a hidden_size of {shown(width, 40)}, but its embedding is "
                 f"{found[0]}: copy or download both again."
             )
+
+
+def check_size(directory: str, numbers: int) -> None:
+    """Refuse a local target whose config describes a far larger model than its files can hold.
+
+    What the files lack, transformers makes itself, as large as the config says.
+
+    Args:
+        numbers: parameters by the config.
+
+    Raises:
+        TargetError: naming both sizes.
+    """
+    held = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
+    if numbers > 16 * held + 2**20:  # no quantization has more numbers a byte
+        raise TargetError(
+            f"config.json of {directory} describes {numbers} parameters, but its safetensors files hold {held} bytes: "
+            "copy or download both again."
+        )
 
 
 def check_places(places: Iterable[object], path: str) -> None:

@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import hashlib
 import inspect
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import check_index, check_width, local_only, resolve, unavailable
+from draftopd.targets.hub import check_index, check_size, check_width, local_only, resolve, unavailable
+from draftopd.targets.masks import LayerMasks, own_block
+from draftopd.targets.packed import within
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -28,6 +41,15 @@ class Reading(NamedTuple):
 
     hidden: Tensor
     features: Tensor
+
+
+def _parameters(config: PreTrainedConfig, trust_remote_code: bool) -> int:
+    """How many numbers a config's model has; it is made without memory."""
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(
+            deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+        )
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class _EnoughError(Exception):
@@ -51,9 +73,7 @@ class Target(nn.Module):
         self.config = model.config.get_text_config()
         self.body = model.get_decoder()
         self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
-        self.attention_kinds = self._kinds()
-        #: Positions that a sliding-window layer sees, its own included.
-        self.window = int(getattr(self.config, "sliding_window", None) or self.max_positions)
+        self.masks = LayerMasks(self.config)
         self._check_head()
         # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
         names = inspect.signature(type(self.body).forward).parameters
@@ -61,6 +81,9 @@ class Target(nn.Module):
         self._tapped: dict[int, Tensor] = {}
         self._enough: int | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
+        self._fingerprint: str | None = None
+        #: Entered for every pass through the body, told how many layers it goes through.
+        self.turn: Callable[[int], AbstractContextManager[None]] = _alone
         self.taps: tuple[int, ...] = ()
         self.tap(taps)
 
@@ -93,6 +116,8 @@ class Target(nn.Module):
         try:
             config = AutoConfig.from_pretrained(path, **options)
             check_width(path, config.get_text_config())
+            if Path(path).is_dir():
+                check_size(path, _parameters(config, trust_remote_code))
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, device_map=device_map,
                 attn_implementation=attn_implementation, output_loading_info=True, use_safetensors=True, **options,
@@ -157,12 +182,18 @@ class Target(nn.Module):
 
     def fingerprint(self) -> str:
         """A short text that tells targets apart by shape and weights, wherever they were loaded from."""
+        if self._fingerprint is not None:
+            return self._fingerprint
         shape = {k: v for k, v in self.config.to_diff_dict().items() if k != "transformers_version"}
         digest = hashlib.blake2b(str(sorted(shape.items(), key=str)).encode(), digest_size=8)
         for name, tensor in self.model.named_parameters():
             few = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
             digest.update(name.encode() + few.float().cpu().numpy().tobytes())
         return digest.hexdigest()
+
+    def keep_fingerprint(self) -> None:
+        """Find the fingerprint now and keep it: for weights that later are not here as a whole."""
+        self._fingerprint = self.fingerprint()
 
     def embed(self, ids: Tensor) -> Tensor:
         """Input embeddings ``[..., hidden]`` of token ids ``[...]``."""
@@ -174,7 +205,12 @@ class Target(nn.Module):
 
     @torch.no_grad()
     def read(
-        self, ids: Tensor, cache: PositionCache, positions: Tensor | None = None, visible: int | None = None
+        self,
+        ids: Tensor,
+        cache: PositionCache,
+        positions: Tensor | None = None,
+        visible: int | None = None,
+        begins: Tensor | None = None,
     ) -> Reading:
         """Read tokens and remember them in the cache.
 
@@ -183,29 +219,36 @@ class Target(nn.Module):
             cache: filled at ``positions``; entries at later positions count as absent.
             positions: ``[batch, n]`` absolute positions; default ``0..n-1``, for a fresh cache.
             visible: one more than the largest position; default for a fresh cache ``n``.
+            begins: ``[batch, n]``, for a fresh cache whose rows hold several sequences: where in the row each token's
+                own begins. It sees no other, and positions count from there. The cache keeps the places in the row.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
             visible = ids.shape[1]
         assert visible is not None
+        if begins is not None:
+            with self._within(begins, self.num_layers) as mask:
+                return self._run(ids, positions - begins, mask, cache.at(positions, visible))
         keys = torch.arange(visible, device=ids.device)
         allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
         rows = positions.expand(ids.shape)
         return self._forward(ids, rows, allowed, keys[None], cache.at(positions, visible))
 
     @torch.no_grad()
-    def read_features(self, ids: Tensor) -> Tensor:
+    def read_features(self, ids: Tensor, begins: Tensor | None = None) -> Tensor:
         """The tapped states ``[batch, n, taps * hidden]`` of whole sequences, padded on the right.
 
-        Nothing is remembered, and layers above the last tap are not computed.
+        Nothing is remembered, and layers above the last tap are not computed. ``begins``: see :meth:`read`.
         """
         self._tapped.clear()
         self._enough = max(self.taps)
         positions = torch.arange(ids.shape[1], device=ids.device).expand(ids.shape)
+        computed = min(self._enough + 1, self.num_layers)
         try:
-            self.body(input_ids=ids, position_ids=positions, use_cache=False)
-        except _EnoughError:
-            pass
+            with self.turn(computed), nullcontext() if begins is None else self._within(begins, computed) as mask:
+                positions = positions if begins is None else positions - begins
+                with suppress(_EnoughError):
+                    self.body(input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=False)
         finally:
             self._enough = None
         features = torch.cat([self._tapped[i] for i in self.taps], -1)
@@ -213,7 +256,9 @@ class Target(nn.Module):
         return features
 
     @torch.no_grad()
-    def score_blocks(self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor) -> Tensor:
+    def score_blocks(
+        self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor, begins: Tensor | None = None
+    ) -> Tensor:
         """The target's states along many blocks at once, over one cached context.
 
         Slot ``j`` of the block at anchor ``a`` stands at position ``a + j`` and sees the recorded
@@ -224,51 +269,69 @@ class Target(nn.Module):
             length: number of recorded positions in the cache.
             anchors: ``[batch, A]`` anchor positions.
             tokens: ``[batch, A, n]`` block tokens, the anchor's first.
+            begins: ``[batch, length]``, as the sequences were read; ``anchors`` are then places in the row.
 
         Returns:
             ``[batch, A, n, hidden]``, after the final norm: slot ``j`` predicts position ``a + j + 1``.
         """
         batch, _, n = tokens.shape
         chunk = max(1, MAX_BLOCK_QUERIES // n)
-        context = ContextCache(cache, length)
+        packed, least, most = begins is not None, 0, length
+        begins = anchors.new_zeros(batch, length) if begins is None else begins
         scored = []
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
-            positions = (a[..., None] + torch.arange(n, device=a.device)).flatten(1)
-            allowed = torch.cat([_before(a, length, n), _own_block(a.shape[1], n, a.device).expand(batch, -1, -1)], -1)
-            keys = torch.cat([torch.arange(length, device=a.device).expand(batch, -1), positions], -1)
-            reading = self._forward(t.flatten(1), positions, allowed, keys, context)
+            first = begins.gather(1, a)
+            if packed:
+                # The blocks of a chunk see little of a long row.
+                least, most = torch.stack([first.min(), a.max()]).tolist()
+            places = torch.arange(least, most, device=a.device)
+            seen = (places >= first[..., None]) & (places < a[..., None])
+            own = own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
+            positions = ((a - first)[..., None] + torch.arange(n, device=a.device)).flatten(1)
+            allowed = torch.cat([seen.repeat_interleave(n, dim=1), own], -1)
+            keys = torch.cat([places - begins[:, least:most], positions], -1)
+            reading = self._forward(t.flatten(1), positions, allowed, keys, ContextCache(cache, most, least))
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
 
     def _forward(
         self, ids: Tensor, positions: Tensor, allowed: Tensor, keys: Tensor, cache: PositionCache | ContextCache
     ) -> Reading:
-        """Read ``ids`` at ``positions [batch, n]``.
+        """Read ``ids`` at ``positions [batch, n]``; what they see: :meth:`LayerMasks.of`."""
+        return self._run(ids, positions, self.masks.of(allowed, positions, keys, self.dtype), cache)
 
-        Of the keys at positions ``keys [batch, m]`` those ``allowed [batch, n, m]`` are seen; layers with a sliding
-        window see of these only what lies within it.
-        """
-        masks = {}
-        for kind in self.attention_kinds:
-            seen = allowed
-            if kind == "sliding_attention":
-                seen = seen & (positions[..., None] - keys[:, None] < self.window)
-            masks[kind] = self._mask(seen.expand(ids.shape[0], -1, -1)[:, None])
-        # Models with layer types take a mask for each; Mistral's windowed kin take one for all layers.
-        mask = masks if getattr(self.config, "layer_types", None) and len(masks) > 1 else masks[self.attention_kinds[0]]
+    def _run(
+        self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: PositionCache | ContextCache
+    ) -> Reading:
         self._tapped.clear()
-        output = self.body(
-            input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True, **{self._cache_argument: cache}
-        )
+        with self.turn(self.num_layers):
+            output = self.body(
+                input_ids=ids, position_ids=positions, attention_mask=mask, use_cache=True,
+                **{self._cache_argument: cache},
+            )  # fmt: skip
         features = [self._tapped[i] for i in self.taps]
         self._tapped.clear()
         hidden = output.last_hidden_state
         return Reading(hidden, torch.cat(features, -1) if features else hidden[..., :0])
 
-    def _mask(self, allowed: Tensor) -> Tensor:
-        # A float mask, as eager attention adds it to the scores; -inf would give NaN in an empty row.
-        mask = torch.zeros(allowed.shape, dtype=self.dtype, device=allowed.device)
-        return mask.masked_fill_(~allowed, torch.finfo(self.dtype).min)
+    @contextmanager
+    def _within(self, begins: Tensor, layers: int) -> Iterator[Tensor | dict[str, Tensor]]:
+        """Attention within the sequences of packed rows; gives the mask to call the model with.
+
+        Raises:
+            TargetError: if not all of the ``layers`` computed in it attended so.
+        """
+        config = self.body.config
+        causal = config._attn_implementation == "sdpa"
+        with within(config, begins) as sequences:
+            positions = torch.arange(sequences.longest, device=begins.device)[None]
+            before = positions[:, None] <= positions[..., None]
+            yield self.masks.of(before, positions, positions, self.dtype, causal)
+        if sequences.layers != layers:
+            raise TargetError(
+                f"Of the target's layers {sequences.layers} of {layers} attend through transformers' attention "
+                "interface, which packed rows need in all: use data.pack_to=null."
+            )
 
     def _keep(self, layer: int):
         def hook(_module: nn.Module, _inputs: object, output: Tensor | tuple[Tensor, ...]) -> None:
@@ -283,18 +346,10 @@ class Target(nn.Module):
         if scale:
             raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
 
-    def _kinds(self) -> tuple[str, ...]:
-        """The kinds of attention its layers have."""
-        # Mistral and its kin name no layer types; a window holds for all their layers.
-        windowed = (getattr(self.config, "sliding_window", None) or self.max_positions) < self.max_positions
-        kinds = getattr(self.config, "layer_types", None) or ["sliding_attention" if windowed else "full_attention"]
-        others = set(kinds) - {"full_attention", "sliding_attention"}
-        if others:
-            raise TargetError(
-                f"The target has {', '.join(sorted(others))} layers, which block scoring does not cover: use a target "
-                "whose layers are full or sliding-window attention."
-            )
-        return tuple(sorted(set(kinds)))
+
+def _alone(layers: int) -> AbstractContextManager[None]:
+    """A pass that concerns no other process."""
+    return nullcontext()
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
@@ -329,15 +384,3 @@ def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)
-
-
-def _before(anchors: Tensor, length: int, n: int) -> Tensor:
-    """``[batch, A * n, length]``: which recorded positions each block slot sees."""
-    keys = torch.arange(length, device=anchors.device)
-    return (keys < anchors[..., None]).repeat_interleave(n, dim=1)
-
-
-def _own_block(blocks: int, n: int, device: torch.device) -> Tensor:
-    """``[1, blocks * n, blocks * n]``: each slot sees its own block up to itself."""
-    causal = torch.ones(n, n, dtype=torch.bool, device=device).tril()
-    return torch.block_diag(*[causal] * blocks)[None].bool()

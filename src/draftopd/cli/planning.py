@@ -1,0 +1,199 @@
+"""A plan: the run that overrides name, in numbers."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+from typing import Any, get_type_hints
+
+import torch
+import transformers
+from hydra import compose, initialize_config_dir
+from hydra.core.global_hydra import GlobalHydra
+from hydra.utils import instantiate
+from omegaconf import DictConfig, OmegaConf
+
+from draftopd.cli import app
+from draftopd.cli.check import check_value
+from draftopd.cli.nearest import nearest
+from draftopd.decoding.generate import CAPACITY_STEP
+from draftopd.drafters.draft_vocabulary import frequent_tokens
+from draftopd.errors import ConfigError
+from draftopd.losses.base import Loss
+from draftopd.losses.chunked import CHUNK_ELEMENTS, GPU_CHUNKS
+from draftopd.planning.devices import Assumptions
+from draftopd.planning.memory import KL_COPIES, LOSS_COPIES, Decoding, Sharing
+from draftopd.planning.report import print_plan
+from draftopd.planning.run import Run, Texts
+from draftopd.planning.shapes import shape_of, target_of
+from draftopd.planning.sizes import DrafterSize, Step
+from draftopd.rollout.engines import DecodeFreeRollout, Rollout, SpeculativeRollout
+from draftopd.targets.target import Target
+
+#: Bytes of a weight, and of what autocast computes in, by Lightning's names.
+PRECISIONS = {
+    "32": (4, 4), "32-true": (4, 4), "bf16-mixed": (4, 2), "16-mixed": (4, 2), "bf16": (4, 2), "16": (4, 2),
+    "bf16-true": (2, 2), "16-true": (2, 2),
+}  # fmt: skip
+
+
+def plan(arguments: list[str], configs: Path) -> None:
+    """Print the plan of the run that ``arguments`` name: overrides of train.py, and ``plan.NAME=VALUE``."""
+    mine = [a.lstrip("+") for a in arguments if a.lstrip("+").startswith("plan.")]
+    others = [a for a in arguments if not a.lstrip("+").startswith("plan.")]
+    problem = app._problem(configs, "train", others)
+    if problem:
+        sys.exit(f"Error: {problem}")
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            config = compose("train", others)
+    finally:
+        GlobalHydra.instance().clear()
+    OmegaConf.set_struct(config, False)
+    # A plan writes nothing, and so has no directory.
+    config.pop("logger", None)
+    if "store" in config.trajectories:
+        config.trajectories.store = "trajectories"
+    app.guarded(lambda checked: _print(checked, mine), config)
+
+
+def _print(config: DictConfig, given: list[str]) -> None:
+    transformers.utils.logging.set_verbosity_error()
+    assumptions = assumed(given)
+    run, source = describe(config, assumptions)
+    print_plan(run, assumptions, source)
+
+
+def assumed(given: list[str]) -> Assumptions:
+    """What ``plan.NAME=VALUE`` sets.
+
+    Raises:
+        ConfigError: for a name that does not exist, or a value that does not fit.
+    """
+    values = OmegaConf.to_container(OmegaConf.from_dotlist([g.removeprefix("plan.") for g in given]))
+    assert isinstance(values, dict)
+    hints = get_type_hints(Assumptions, include_extras=True)
+    for name, value in values.items():
+        if name not in hints:
+            raise ConfigError(f"plan.{name!s} is none of a plan's assumptions: {nearest(str(name), hints)}")
+        check_value(value, hints[str(name)], f"plan.{name}")
+    found = Assumptions(**{str(name): value for name, value in values.items()})
+    _ = found.device  # refuses a name that is not known
+    return found
+
+
+def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
+    """The run that a composed configuration means, and where its target's shape came from.
+
+    Raises:
+        DraftOPDError: for what a training run would refuse too, or a plan cannot know.
+    """
+    rollout: Rollout = instantiate(config.rollout)
+    loss: Loss = instantiate(config.loss)
+    node = config.target
+    shape, source = shape_of(node.path, node.revision, node.trust_remote_code)
+    target, t = target_of(shape, node.dtype)
+    d = drafter_of(config.drafter, target)
+    data, trainer = config.data, config.trainer
+    w, c = _precision(str(trainer.get("precision", "32-true")))
+    devices, sharing = _devices(trainer)
+
+    response = config.max_new_tokens
+    mean_prompt = given.prompt_tokens or data.max_prompt_tokens
+    mean_response = min(given.response_tokens or response, response)
+    most = _anchors(data, response, 1.0)
+    step = Step(
+        batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
+        teacher=loss.teacher if rollout.sampling.greedy or loss.teacher != "until_fail" else "proposals",
+        loss_copies=LOSS_COPIES.get(type(loss).__name__, KL_COPIES), chunk_elements=GPU_CHUNKS * CHUNK_ELEMENTS,
+        checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
+        attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
+    )  # fmt: skip
+    mean = dataclasses.replace(
+        step, tokens=mean_prompt + mean_response, anchors=_anchors(data, mean_response, given.tau)
+    )
+    epochs, every = trainer.get("max_epochs") or 1, config.refresh.every_n_epochs
+    batches = data.batches_per_epoch or max(1, data.prompts_per_refresh // (data.batch_size * devices))
+    tested = epochs // (trainer.get("check_val_every_n_epoch") or 1) + bool(config.validate_first)
+    run = Run(
+        target=t, drafter=d, step=step, mean=mean, sharing=sharing, devices=devices,
+        texts=_texts(config, rollout, w), validation=_decoding(config, data.validation_batch_size, rollout, w, c),
+        used=min(1.0, given.tau / (d.block - 1)) if step.teacher == "until_fail" else 1.0,
+        proposes=loss.uses_proposals, every=max(1, trainer.get("log_every_n_steps") or 1), epochs=epochs,
+        batches=batches, accumulate=trainer.get("accumulate_grad_batches") or 1, prompts=data.prompts_per_refresh,
+        refreshes=-(-epochs // every) if every else 1, validation_prompts=data.validation_count, validations=tested,
+        mean_prompt=mean_prompt, mean_response=mean_response, compiled=config.compiled,
+    )  # fmt: skip
+    return run, source
+
+
+def drafter_of(config: DictConfig, target: Target) -> DrafterSize:
+    """The size of the drafter that a configuration names: a checkpoint's, which is read, or of a fresh one.
+
+    Raises:
+        DrafterError: if it does not fit the target.
+    """
+    node: dict[str, Any] = dict(OmegaConf.to_container(config, resolve=True))  # type: ignore[arg-type]
+    if node.get("checkpoint") is not None:
+        return DrafterSize.of(instantiate(node, target=target, tokenizer=None, texts=None))
+    if node.get("mask_token_id", 0) is None:
+        node["mask_token_id"] = 0  # any will do, and the tokenizer need not be there
+    rows = node.pop("draft_vocab_size", None)
+    with torch.device("meta"):
+        size = DrafterSize.of(instantiate(node, target=target, tokenizer=None, texts=None))
+    if rows is not None and rows != target.vocab_size:
+        frequent_tokens([[0]], rows, target.vocab_size)  # refuses a size that cannot be
+        size = dataclasses.replace(size, own_head=rows, elements=size.elements - (size.own_head - rows) * size.hidden)
+    return size
+
+
+def _anchors(data: DictConfig, response: int, tau: float) -> int:
+    """Anchors of a text whose blocks yield ``tau`` tokens each; random ones and all depend on no blocks."""
+    found = response if data.anchors in ("random", "all") else round(response / tau)
+    limit = data.anchors_per_sequence
+    return max(1, found - 1 if limit is None or data.anchors == "all" else min(found - 1, limit))
+
+
+def _decoding(config: DictConfig, rows: int, rollout: Rollout, weight_bytes: int, compute_bytes: int) -> Decoding:
+    return Decoding(
+        rows, config.data.max_prompt_tokens, config.max_new_tokens, weight_bytes, compute_bytes,
+        not rollout.sampling.greedy,
+        CAPACITY_STEP if config.compiled else 1,
+    )  # fmt: skip
+
+
+def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
+    # Rollouts run between epochs, where Lightning's autocast does not reach.
+    if isinstance(rollout, SpeculativeRollout):
+        return Texts(_decoding(config, rollout.batch_size, rollout, weight_bytes, weight_bytes))
+    source = config.trajectories
+    here = str(source._target_).endswith("InProcessTrajectories")
+    decoding = _decoding(config, source.batch_size, rollout, weight_bytes, weight_bytes) if here else None
+    walk = None
+    if isinstance(rollout, DecodeFreeRollout):
+        walk = _decoding(config, rollout.batch_size, rollout, weight_bytes, weight_bytes)
+    blocks = rollout.walker.blocks_at_once if rollout.walker else 0
+    return Texts(decoding, bool(here and source.drafted), walk, blocks, config.refresh.every_n_steps)
+
+
+def _precision(name: str) -> tuple[int, int]:
+    if name not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={name} is not planned for: choose from {', '.join(PRECISIONS)}.")
+    return PRECISIONS[name]
+
+
+def _devices(trainer: DictConfig) -> tuple[int, Sharing]:
+    """Processes in all, and how they share memory."""
+    devices, strategy = trainer.get("devices", 1), trainer.get("strategy", "auto")
+    if isinstance(devices, str) and devices.isdigit():
+        devices = int(devices)
+    if OmegaConf.is_list(devices):
+        devices = len(devices)
+    if not isinstance(devices, int) or devices < 1:
+        raise ConfigError(f"trainer.devices={devices} depends on the machine: give the number, trainer.devices=N.")
+    count = devices * (trainer.get("num_nodes") or 1)
+    name = str(strategy.get("_target_", "")) if OmegaConf.is_dict(strategy) else str(strategy)
+    if "ModelParallel" in name or "fsdp" in name.lower():
+        return count, Sharing(shards=count)
+    return count, Sharing(buckets=count > 1)

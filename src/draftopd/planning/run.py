@@ -1,0 +1,188 @@
+"""A whole run in numbers: its phases' memory, its time, and what to change where it does not fit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+from draftopd.planning import memory, work
+from draftopd.planning.devices import Assumptions
+from draftopd.planning.memory import Decoding, Parts, Phase, Sharing
+from draftopd.planning.sizes import DrafterSize, Step, TargetSize
+
+
+@dataclass(frozen=True)
+class Texts:
+    """Where a refresh's texts come from.
+
+    Args:
+        decoding: how this process decodes them; None: they are there, or a server decodes them.
+        drafted: with the drafter's help.
+        walk: how anchors are found on them without decoding; None: they are not.
+        blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
+        every_n_steps: steps between renewals of anchors within an epoch; None: none. 1: in the step itself.
+    """
+
+    decoding: Decoding | None
+    drafted: bool = True
+    walk: Decoding | None = None
+    blocks_at_once: int = 0
+    every_n_steps: int | None = None
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run's sizes, each process's own.
+
+    Args:
+        mean: the training step as it is on average, by which time is planned; ``step`` is the largest.
+        used, proposes, every: see :func:`draftopd.planning.work.training_step`.
+        batches: training batches an epoch; ``prompts``, ``validation_prompts`` of all processes together.
+        refreshes, validations: how many in the run.
+        mean_prompt, mean_response: tokens of a text on average.
+    """
+
+    target: TargetSize
+    drafter: DrafterSize
+    step: Step
+    mean: Step
+    sharing: Sharing
+    devices: int
+    texts: Texts
+    validation: Decoding
+    used: float
+    proposes: bool
+    every: int
+    epochs: int
+    batches: int
+    accumulate: int
+    prompts: int
+    refreshes: int
+    validation_prompts: int
+    validations: int
+    mean_prompt: int
+    mean_response: int
+    compiled: bool = False
+
+    def resident(self) -> Parts:
+        """What is held all the time."""
+        return memory.resident(self.target, self.drafter, self.sharing, self.step.weight_bytes)
+
+    def phases(self) -> list[Phase]:
+        """Training step, rollout, walk and validation, as far as the run has them."""
+        t, d = self.target, self.drafter
+        phases = [memory.training_step(t, d, self.step)]
+        if self.texts.decoding:
+            phases.append(memory.decoding("rollout", t, d, self.texts.decoding))
+        if self.texts.walk:
+            phases.append(memory.walking(t, d, self.texts.walk, self.texts.blocks_at_once))
+        if self.validations:
+            phases.append(memory.decoding("validation", t, d, self.validation))
+        return [self._with_gradients(phase) for phase in phases]
+
+    def _with_gradients(self, phase: Phase) -> Phase:
+        """Outside the training step, the last step's gradients are still held."""
+        if phase.name == "training step":
+            return phase
+        held = {"gradients": self.drafter.elements * self.step.weight_bytes}
+        return Phase(phase.name, [moment._replace(parts=held | moment.parts) for moment in phase.moments])
+
+    def peak(self) -> float:
+        """Bytes of the largest moment of all."""
+        return sum(self.resident().values()) + max(phase.peak.bytes for phase in self.phases())
+
+    def step_work(self) -> dict[str, work.Work]:
+        """One training step by part."""
+        parts = work.training_step(
+            self.target, self.drafter, self.mean, self.sharing, self.used, self.proposes, self.every
+        )
+        moved = 9 * self.drafter.elements * self.step.weight_bytes  # AdamW: reads 4, writes 3; clipping: 2
+        parts["optimizer"] = work.Work(read=moved / self.accumulate)
+        return parts
+
+    def seconds(self, given: Assumptions) -> dict[str, float]:
+        """What the parts of a run take at least, each in all."""
+        t, d = self.target, self.drafter
+        step = sum(part.seconds(given) for part in self.step_work().values())
+        found = {"training steps": step * self.batches * self.epochs}
+        texts = self.texts
+        if texts.decoding:
+            batches = -(-self.prompts // (self.devices * texts.decoding.rows))
+            one = self._decoding(given, texts.decoding, texts.drafted)
+            found["rollouts"] = one * batches * self.refreshes
+        if texts.walk:
+            if texts.every_n_steps == 1:
+                renewed = replace(self._mean(texts.walk), rows=self.step.batch)
+                one = work.walking(t, d, renewed, given.tau, False, self.sharing).seconds(given)
+                found["anchors"] = one * self.batches * self.epochs
+            else:
+                one = work.walking(t, d, self._mean(texts.walk), given.tau, True, self.sharing).seconds(given)
+                texts_seen = self.refreshes * self.prompts / self.devices
+                if texts.every_n_steps:
+                    texts_seen = self.batches * self.epochs * self.step.batch
+                found["anchors"] = one * texts_seen / texts.walk.rows
+        if self.validations:
+            batches = -(-self.validation_prompts // (self.devices * self.validation.rows))
+            found["validations"] = self._decoding(given, self.validation, True) * batches * self.validations
+        return found
+
+    def _mean(self, run: Decoding) -> Decoding:
+        return replace(run, prompt=self.mean_prompt, response=self.mean_response)
+
+    def _decoding(self, given: Assumptions, run: Decoding, drafted: bool) -> float:
+        drafter = self.drafter if drafted else None
+        prompts, steps = work.decoding(self.target, drafter, self._mean(run), self.sharing, given.tau)
+        return prompts.seconds(given) + steps.seconds(given, self.compiled)
+
+    def to_fit(self, limit: float) -> Iterator[tuple[str, Run]]:
+        """Changes, each on top of the ones before, until the run fits; the last may not do it."""
+        run = self
+        while run.peak() > limit:
+            phase = max(run.phases(), key=lambda phase: phase.peak.bytes).name
+            change = next((c for c in run._changes(phase) if c[1].peak() < run.peak()), None)
+            if change is None:
+                return
+            run = change[1]
+            yield change
+
+    def _changes(self, phase: str) -> Iterator[tuple[str, Run]]:
+        """What makes a phase smaller, the cheapest in time or quality first."""
+        step, texts = self.step, self.texts
+        if phase == "training step" and not step.checkpointing:
+            yield "module.activation_checkpointing=true", self._stepped(lambda s: replace(s, checkpointing=True))
+        if phase == "rollout" and texts.decoding and texts.decoding.rows > 1:
+            rows = texts.decoding.rows // 2
+            yield (
+                f"rollout.batch_size={rows}",
+                replace(self, texts=replace(texts, decoding=replace(texts.decoding, rows=rows))),
+            )
+        if phase == "walk" and texts.walk and texts.walk.rows > 1:
+            rows, blocks = texts.walk.rows // 2, max(1, texts.blocks_at_once // 2)
+            yield (
+                f"rollout.batch_size={rows} rollout.blocks_at_once={blocks}",
+                replace(self, texts=replace(texts, walk=replace(texts.walk, rows=rows), blocks_at_once=blocks)),
+            )
+        if phase == "validation" and self.validation.rows > 1:
+            rows = self.validation.rows // 2
+            yield f"data.validation_batch_size={rows}", replace(self, validation=replace(self.validation, rows=rows))
+        if phase == "training step" and step.batch > 1:
+            half = step.batch // 2
+            yield (
+                f"data.batch_size={half}",
+                replace(self._stepped(lambda s: replace(s, batch=half)), batches=self.batches * step.batch // half),
+            )
+        if phase == "training step" and step.anchors > 64:
+            most = step.anchors // 2
+            yield f"data.anchors_per_sequence={most}", self._stepped(lambda s: replace(s, anchors=min(s.anchors, most)))
+        if self.sharing.shards == 1:
+            devices = max(2, self.devices)
+            yield f"trainer=fsdp trainer.devices={devices}", self._sharded(devices)
+        elif self.devices < 64:
+            yield f"trainer.devices={2 * self.devices}", self._sharded(2 * self.devices)
+
+    def _stepped(self, change: Callable[[Step], Step]) -> Run:
+        return replace(self, step=change(self.step), mean=change(self.mean))
+
+    def _sharded(self, devices: int) -> Run:
+        batches = max(1, self.batches * self.devices // devices)
+        return replace(self, devices=devices, batches=batches, sharing=Sharing(shards=devices))

@@ -1,0 +1,159 @@
+"""What of a target, a drafter and a step decides memory and time: numbers alone, read off models without weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from torch import nn
+
+from draftopd.drafters.attention import DraftAttention
+from draftopd.drafters.base import Drafter
+from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.errors import DrafterError
+from draftopd.losses.base import TeacherScope
+from draftopd.losses.chunked import CHUNK_ELEMENTS
+from draftopd.targets.target import Target
+
+#: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
+#: ``expanded`` too with keys and values repeated for all heads (on a GPU), ``math`` holds every score.
+Attention = Literal["flex", "chunks", "expanded", "math"]
+
+
+@dataclass(frozen=True)
+class TargetSize:
+    """A target in numbers of elements.
+
+    Args:
+        mlp: width of the MLP that one token passes through, all its experts together.
+        layer_elements: weights of all layers, ``expert_elements`` of routed experts among them.
+        other_elements: embedding, LM head and norms, tied ones once.
+        top_k, experts: experts of a token, and of a layer; 0 where layers are dense.
+        width_bytes: of one weight, and of one value of its states.
+        expands: attention repeats keys and values for all heads (transformers' SDPA with a mask).
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    vocab: int
+    mlp: int
+    layer_elements: int
+    other_elements: int
+    expert_elements: int = 0
+    top_k: int = 0
+    experts: int = 0
+    width_bytes: int = 2
+
+    @property
+    def elements(self) -> int:
+        return self.layer_elements + self.other_elements
+
+    @property
+    def active_elements(self) -> float:
+        """Weights of the layers that one token is multiplied with."""
+        share = self.top_k / self.experts if self.experts else 1.0
+        return self.layer_elements - self.expert_elements * (1 - share)
+
+    @property
+    def kv_elements(self) -> int:
+        """Elements of the cache for one token of a text."""
+        return 2 * self.layers * self.kv_heads * self.head_dim
+
+    @classmethod
+    def of(cls, target: Target, width_bytes: int) -> TargetSize:
+        """Read off a target, which may lie on the meta device."""
+        config = target.config
+        layers = {name: p.numel() for name, p in target.body.layers.named_parameters()}
+        experts = next((int(n) for k in ("num_experts", "num_local_experts") if (n := getattr(config, k, None))), 0)
+        routed = sum(n for name, n in layers.items() if ".experts." in name)
+        top_k = int(getattr(config, "num_experts_per_tok", 0) or 0) if routed else 0
+        width = int((getattr(config, "moe_intermediate_size", None) if routed else None) or config.intermediate_size)
+        heads = config.num_attention_heads
+        return cls(
+            hidden=target.hidden_size, layers=target.num_layers, heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or target.hidden_size // heads, vocab=target.vocab_size,
+            mlp=width * max(1, top_k), layer_elements=sum(layers.values()),
+            other_elements=sum(p.numel() for p in target.model.parameters()) - sum(layers.values()),
+            expert_elements=routed, top_k=top_k, experts=experts if routed else 0, width_bytes=width_bytes,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class DrafterSize:
+    """A drafter in numbers of elements.
+
+    Args:
+        kind: ``dflash`` drafts a block at once; ``eagle3`` and ``mtp`` go token by token through one layer.
+        taps: layers of the target that it reads, ``last_tap`` the deepest; the number of layers stands for the norm.
+        elements: trained weights; ``frozen_elements`` others.
+        own_head: rows of its own LM head; 0 where it shares the target's.
+    """
+
+    kind: Literal["dflash", "eagle3", "mtp"]
+    hidden: int
+    layers: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    mlp: int
+    block: int
+    taps: int
+    last_tap: int
+    elements: int
+    frozen_elements: int = 0
+    own_head: int = 0
+
+    @classmethod
+    def of(cls, drafter: Drafter) -> DrafterSize:
+        """Read off a drafter, which may lie on the meta device."""
+        kinds = {"DFlashDrafter": "dflash", "Eagle3Drafter": "eagle3", "MTPDrafter": "mtp"}
+        kind = next((kinds[base.__name__] for base in type(drafter).__mro__ if base.__name__ in kinds), None)
+        if kind is None:
+            raise DrafterError(f"No plan is known for a {type(drafter).__name__}: choose from {', '.join(kinds)}.")
+        config: Any = drafter.config
+        attention = [m for m in drafter.modules() if isinstance(m, DraftAttention)]
+        trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+        return cls(
+            kind=kind, hidden=config.hidden_size, layers=len(attention), heads=config.num_attention_heads,  # type: ignore[arg-type]
+            kv_heads=config.num_key_value_heads, head_dim=config.head_dim, mlp=config.intermediate_size,
+            block=drafter.block_size, taps=len(drafter.target_layer_ids), last_tap=max(drafter.target_layer_ids),
+            elements=trained, frozen_elements=_count(drafter) - trained,
+            own_head=drafter.draft_vocab_size if isinstance(drafter, Eagle3Drafter) else 0,
+        )  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Step:
+    """A process's own training step.
+
+    Args:
+        batch, tokens, anchors: sequences, tokens of each with padding, anchors replayed in each.
+        weight_bytes: of the drafter's weights, gradients and optimizer states.
+        compute_bytes: of what autocast computes in; the same where there is none.
+        teacher: what of the target the loss needs.
+        loss_copies: logits-sized tensors in float32 that the loss holds at once for a chunk.
+        chunk_elements: logits of a chunk.
+        prompt: tokens before the first anchor.
+        measured: the target also scores the proposals to log agreement (every ``log_every_n_steps``).
+    """
+
+    batch: int
+    tokens: int
+    anchors: int
+    weight_bytes: int = 4
+    compute_bytes: int = 4
+    teacher: TeacherScope = "proposals"
+    loss_copies: int = 7
+    chunk_elements: int = CHUNK_ELEMENTS
+    checkpointing: bool = False
+    attention: Attention = "chunks"
+    prompt: int = 0
+    measured: bool = True
+
+
+def _count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
