@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, describe
+from machine import keep
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoded, Decoder
@@ -109,15 +109,11 @@ def main() -> None:
     for name, ratio in ratios.items():
         print(f"{name:40} {ratio:8.2f} x")
     content = {
-        "machine": describe(),
-        "arguments": arguments(options),
         "rates": rates,
         "medians": medians,
         "ratios": ratios,
     }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"wrote {options.results}")
+    keep(options, content)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from machine import describe
+from machine import keep
 
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results" / "kills.json"
@@ -163,7 +163,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-def durations(run: Run, seconds: float) -> dict[str, float]:
+def durations(seconds: float) -> dict[str, float]:
     """How long a kill may wait after a phase began: about as long as the phase takes."""
     return {"start-up": seconds / 3} | {p: 0.5 if p in ("rollout", "validation") else 0.05 for p in PHASES}
 
@@ -192,7 +192,7 @@ def main() -> None:
                 whole[kind] = reference, time.monotonic() - start
             reference, seconds = whole[kind]
             run, killed, lost = Run(Path(folder) / f"{kind}-{len(rows)}", KINDS[kind]), Counter[str](), []
-            waits = durations(reference, seconds)
+            waits = durations(seconds)
             while sum(killed.values()) < min(options.per_run, options.kills - kills):
                 phase = dice.choice(options.phases)
                 stood = run.events() if run.trace.exists() else []
@@ -217,12 +217,11 @@ def main() -> None:
     again = [n for row in rows for n in row["steps_taken_again"]]
     print(f"{survived} of {kills} kills survived with equal weights; steps taken again: {sum(again)}")
     content = {
-        "machine": describe(), "kills": kills, "survived": survived, "steps_taken_again": again,
+        "kills": kills, "survived": survived, "steps_taken_again": again,
         "by_phase": dict(sum((Counter(row["by_phase"]) for row in rows), Counter())),
         "minutes": round((time.monotonic() - began) / 60, 1), "runs": rows,
     }  # fmt: skip
-    options.results.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"wrote {options.results}")
+    keep(options, content)
     if survived < kills:
         raise SystemExit(1)
 

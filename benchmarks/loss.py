@@ -22,7 +22,7 @@ from pathlib import Path
 from unittest.mock import patch
 
 import torch
-from machine import arguments, describe, fresh_peak, held, wait
+from machine import fresh_peak, held, keep, wait
 from torch import Tensor, nn
 
 from draftopd.losses import liger
@@ -129,10 +129,8 @@ def main() -> None:
         )
         if fused := found[loss].get("liger"):
             print(f"{'':14} liger   {fused['seconds']:6.2f} s {fused['peak_mib']:7.0f} MiB")
-    content = {"machine": describe(), "liger": liger.installed(), "arguments": arguments(options), "losses": found}
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"wrote {options.results}")
+    content = {"liger": liger.installed(), "losses": found}
+    keep(options, content)
 
 
 if __name__ == "__main__":

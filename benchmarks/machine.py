@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import json
 import os
 import platform
 import resource
@@ -69,6 +70,14 @@ def arguments(options: argparse.Namespace) -> dict[str, object]:
     """What was asked for, without the paths of this machine."""
     local = ("results", "case", "way", "peer", "reference", "reference_python")
     return {name: value for name, value in vars(options).items() if name not in local}
+
+
+def keep(options: argparse.Namespace, content: dict[str, object]) -> None:
+    """Write results to ``options.results``, with the machine and what was asked for."""
+    whole = {"machine": describe(), "arguments": arguments(options), **content}
+    options.results.parent.mkdir(exist_ok=True)
+    options.results.write_text(json.dumps(whole, indent=2, default=str) + "\n")
+    print(f"wrote {options.results}")
 
 
 def _processor() -> str:

@@ -10,12 +10,11 @@ left out on both sides, so that the error is that of what is estimated. Results 
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from machine import arguments, describe
+from machine import keep
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from draftopd.drafters.base import Drafter
@@ -122,11 +121,9 @@ def main() -> None:
     worst = {name: max((case["errors"].get(name, 0.0) for case in cases), key=abs) for name in names}
     print("largest errors", {name: f"{error:+.1%}" for name, error in worst.items()})
     content = {
-        "machine": describe(), "arguments": arguments(options), "base": BASE, "cases": cases, "largest_errors": worst
+        "base": BASE, "cases": cases, "largest_errors": worst
     }  # fmt: skip
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2) + "\n")
-    print(f"wrote {options.results}")
+    keep(options, content)
 
 
 if __name__ == "__main__":

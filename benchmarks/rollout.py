@@ -15,7 +15,6 @@ walk alone. Results go to benchmarks/results/rollout.json.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import tempfile
 import time
@@ -24,7 +23,7 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from machine import arguments, describe
+from machine import keep
 from rich.console import Console
 from rich.table import Table
 
@@ -139,14 +138,10 @@ def main() -> None:
     ]
     report(rows)
     content = {
-        "machine": describe(),
-        "arguments": arguments(options),
         "rows": rows,
         "rates": {f"{engine}, batch {size}": [f["rate"] for f in found] for (size, engine), found in rounds.items()},
     }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"wrote {options.results}")
+    keep(options, content)
 
 
 def report(rows: list[dict]) -> None:

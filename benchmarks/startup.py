@@ -10,7 +10,6 @@ module's own time, summed over each package. Results go to benchmarks/results/st
 from __future__ import annotations
 
 import argparse
-import json
 import re
 import statistics
 import subprocess
@@ -20,7 +19,7 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from machine import arguments, describe
+from machine import keep
 from rich.console import Console
 from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -107,16 +106,12 @@ def main() -> None:
         every, *top = packages.items()
         print(f"imports of {name}, {every[1]:.2f} s:", ", ".join(f"{p} {seconds:.2f}" for p, seconds in top))
     content = {
-        "machine": describe(),
-        "arguments": arguments(options),
         "medians": {name: statistics.median(found) for name, found in commands.items()},
         "commands": commands,
         "runs": runs,
         "imports": imports,
     }
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"wrote {options.results}")
+    keep(options, content)
 
 
 if __name__ == "__main__":

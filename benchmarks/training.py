@@ -27,7 +27,7 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from machine import arguments, describe, fresh_peak, held, multiplication_rate
+from machine import fresh_peak, held, keep, multiplication_rate
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from draftopd.decoding.sampling import Sampling
@@ -225,10 +225,8 @@ def main() -> None:
                 f"   ours x{seconds[name] / seconds['draftopd']:.2f} as fast"
             )
         print("  ", {name: round(value, 3) for name, value in turns[-1]["draftopd"]["parts"].items()}, flush=True)
-    content = {"machine": describe(), "arguments": arguments(options), "cases": cases}
-    options.results.parent.mkdir(exist_ok=True)
-    options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"wrote {options.results}")
+    content = {"cases": cases}
+    keep(options, content)
 
 
 if __name__ == "__main__":

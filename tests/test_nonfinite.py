@@ -19,10 +19,11 @@ from lightning.pytorch.plugins.precision import MixedPrecision
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
+from draftopd import nonfinite
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.errors import ConfigError, NumericsError
+from draftopd.errors import ConfigError, FileError, NumericsError
 from draftopd.losses.base import Loss, LossOutput
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.kl import ForwardKL
@@ -202,6 +203,29 @@ def test_no_batch_is_kept_where_none_is_wanted(make_module: Callable[..., DraftM
     for options in ({"max_skipped_in_a_row": -1}, {"keep_nonfinite": -1}):
         with pytest.raises(ConfigError, match="0 or more, found -1"):
             make_module(ForwardKL(), **options)
+
+
+def test_a_full_disk_costs_the_batch_and_not_the_run(
+    make_module: Callable[..., DraftModule],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(nonfinite, "save_file", full)
+    module = make_module(Failing("nan", (0,)))
+    fit(module, batches(module, 2), tmp_path)
+    assert module.skips.total == 1 and "cannot be kept" in caplog.text and "No space left" in caplog.text
+    assert not list((tmp_path / "nonfinite").iterdir())
+
+
+def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "step-1.safetensors"
+    path.write_bytes(b"half")
+    with pytest.raises(FileError, match="step-1.safetensors is no kept batch, or damaged"):
+        read_batch(path)
 
 
 def test_a_packed_batch_is_read_as_it_was(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:

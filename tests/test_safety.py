@@ -68,7 +68,7 @@ def test_only_the_commands_know_hydra() -> None:
             if any(name.split(".")[0] == "hydra" for name in names):
                 assert path.parent.name == "cli" or path.parent == ROOT, path
     made = {place.rpartition(":")[0] for place, name, _ in calls() if name.endswith("instantiate")}
-    assert made == {"src/draftopd/cli/training.py", "src/draftopd/cli/evaluation.py"}
+    assert made == {f"src/draftopd/cli/{name}.py" for name in ("training", "evaluation", "planning")}
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,10 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     found = checkpoint.get(_KEY, FORMAT)
     if found != FORMAT:
-        raise FileError(f"The checkpoint {path} has format {shown(found, 40)}, this version reads {FORMAT}.")
+        raise FileError(
+            f"The checkpoint {path} has format {shown(found, 40)}, this version reads {FORMAT}: use the version that "
+            "wrote it, or name another."
+        )
     return checkpoint
 
 

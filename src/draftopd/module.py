@@ -358,9 +358,9 @@ class DraftModule(L.LightningModule):
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.seconds.update(checkpoint["seconds"])
         self.training_seconds = checkpoint["training_seconds"]
-        if "skipped_steps" in checkpoint:  # absent in checkpoints that raised instead of skipping
-            self.skips.restore(checkpoint["skipped_steps"])
-        self.tau_before, self.tau_after = checkpoint["tau"]
+        # Absent in checkpoints of earlier versions.
+        self.skips.restore(checkpoint.get("skipped_steps", self.skips.state()))
+        self.tau_before, self.tau_after = checkpoint.get("tau", (math.nan, math.nan))
 
     def _generator(self) -> torch.Generator | None:
         if self.sampling.greedy:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Sequence
@@ -16,12 +15,15 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from draftopd.errors import ConfigError, NumericsError
-from draftopd.files import replaced
+from draftopd.errors import ConfigError, FileError, NumericsError
+from draftopd.files import replaced, write_json
 from draftopd.packing import Layout
 from draftopd.replay import ReplayBatch
 
 log = logging.getLogger(__name__)
+
+#: Of ``step-N.json``.
+FORMAT = 1
 
 
 class Skips:
@@ -122,9 +124,8 @@ def keep_batch(
         directory.mkdir(parents=True, exist_ok=True)
         with replaced(path) as partial:
             save_file(tensors, partial)
-        with replaced(path.with_suffix(".json")) as partial:
-            partial.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    except (OSError, SafetensorError) as error:
+        write_json(path.with_suffix(".json"), record, FORMAT)
+    except (OSError, FileError) as error:
         log.warning("The batch of step %d cannot be kept in %s: %s", about["step"], directory, error)
         return None
     numbered = {int(p.name.split("-")[1].split(".")[0]): p for p in directory.glob(f"step-*{rank}.safetensors")}
@@ -135,8 +136,15 @@ def keep_batch(
 
 
 def read_batch(path: str | Path) -> ReplayBatch:
-    """The batch of a skipped step, on the CPU."""
-    tensors = load_file(path)
+    """The batch of a skipped step, on the CPU.
+
+    Raises:
+        FileError: if it is absent or damaged.
+    """
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise FileError(f"{path} is no kept batch, or damaged: {error}") from error
     layout = {k.removeprefix("layout."): tensors.pop(k) for k in list(tensors) if k.startswith("layout.")}
     return ReplayBatch(**tensors, layout=Layout(**layout) if layout else None)
 

@@ -158,23 +158,30 @@ def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str], script: 
 def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
     tmp_path: Path, chat_targets: dict[str, str], script: Script
 ) -> None:
-    """SIGINT once the first epoch's checkpoint is there; the same command then gives the same weights."""
+    """Ctrl-C after the first step, SIGTERM in a later one; the same command in the end gives the same weights."""
     common = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3"]
     common += ["data.prompts_per_refresh=24"]
     whole = script("train.py", *common, f"hydra.run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     directory = tmp_path / "broken"
+    last = directory / "checkpoints" / "last.ckpt"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *common, f"hydra.run.dir={directory}"]
-    process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-    limit = time.monotonic() + 120
-    while not (directory / "checkpoints" / "last.ckpt").exists() and time.monotonic() < limit:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    out, err = process.communicate(timeout=120)
-    assert process.returncode != 0 and "Traceback" not in out + err, err
-    assert "Stopped" in out + err
-    assert not list(directory.rglob("*.partial"))
+    reached = 0
+    for number, status in ((signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)):
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        limit = time.monotonic() + 120
+        while not (last.exists() and last.stat().st_mtime_ns != before) and time.monotonic() < limit:
+            time.sleep(0.002)
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == status and "Traceback" not in out + err, err
+        assert "Stopped" in out + err
+        assert not list(directory.rglob("*.partial"))
+        step = torch.load(last, weights_only=True)["global_step"]
+        assert reached < step < 18
+        reached = step
     again = script("train.py", *common, f"hydra.run.dir={directory}")
     assert again.returncode == 0, again.stderr
     expected, found = (load_file(d / "drafter" / "model.safetensors") for d in (tmp_path / "whole", directory))

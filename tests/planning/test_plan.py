@@ -36,7 +36,7 @@ def test_other_drafters_and_texts_without_decoding(drafter: str, capsys: pytest.
         (["+plan.utilisation=2"], "plan.utilisation=2 does not fit"),
         (["target=hf", "target.path=/no/such/place"], "config.json alone"),
         (["drafter.checkpoint=null", "drafter.target_layer_ids=[99]"], "reads target layers [99]"),
-        (["trainer=ddp"], "trainer.devices=N"),
+        (["trainer=ddp", "trainer.devices=0"], "trainer.devices=N"),
         (["trainer.precision=64-true"], "trainer.precision=64-true is not planned for"),
         (["los=forward_kl"], "did you mean 'loss'"),
     ],

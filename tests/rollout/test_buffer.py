@@ -80,14 +80,14 @@ def test_full_disk_for_real(tmp_path: Path) -> None:
     script = (
         "import resource, signal, sys\n"
         "from pathlib import Path\n"
-        "from draftopd.errors import BufferError\n"
+        "from draftopd.errors import FileError\n"
         "from draftopd.rollout.buffer import BufferWriter, Recorded\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))\n"
         "try:\n"
         f"    with BufferWriter(Path({str(tmp_path)!r}), 1, 0) as writer:\n"
         "        writer.add([Recorded(list(range(5000)), 3, [3], [0], [1])])\n"
-        "except BufferError as error:\n"
+        "except FileError as error:\n"
         "    print(error)\n"
     )
     assert resource.RLIMIT_FSIZE is not None

@@ -12,7 +12,7 @@ from tests.rollout.conftest import MakeRequest
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
-from draftopd.errors import BufferError
+from draftopd.errors import FileError
 from draftopd.rollout.trajectories import GeneratedTrajectories, InProcessTrajectories, Request, Trajectory
 from draftopd.rollout.trajectory_store import TrajectoryStore
 
@@ -135,7 +135,7 @@ def test_full_disk(tmp_path: Path, make_request: MakeRequest, monkeypatch: pytes
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    with pytest.raises(BufferError, match="texts-.*cannot be written.*No space left"):
+    with pytest.raises(FileError, match="texts-.*cannot be written.*No space left"):
         flat(Counting(tmp_path), make_request([[1, 2], [3]]))
     monkeypatch.undo()
     after = Counting(tmp_path)

@@ -45,4 +45,4 @@ class LastCheckpoint(Checkpoint):
 
     def _keep(self, trainer: L.Trainer) -> None:
         self._kept = trainer.global_step
-        trainer.save_checkpoint(self.path)
+        trainer.save_checkpoint(self.path, weights_only=False)  # said, or Lightning logs that it was not

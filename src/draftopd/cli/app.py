@@ -49,8 +49,9 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
 
     try:
         check(OmegaConf.to_container(config, resolve=True))
-        # The other processes of a run work beside the first one in its directory.
-        with locked(Path(HydraConfig.get().runtime.output_dir)) if is_first() else nullcontext():
+        # The other processes of a run work beside the first one in its directory; a plan has none.
+        kept = HydraConfig.initialized() and is_first()
+        with locked(Path(HydraConfig.get().runtime.output_dir)) if kept else nullcontext():
             action(config)
     except OmegaConfBaseException as error:
         sys.exit(f"Error: {str(error).splitlines()[0]}")
@@ -69,7 +70,9 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     except KeyboardInterrupt:
         sys.exit(f"Stopped. {CONTINUES}")
     except SystemExit as error:
-        if type(error).__name__ != "SIGTERMException":  # Lightning's
+        from lightning.pytorch.utilities.exceptions import SIGTERMException
+
+        if not isinstance(error, SIGTERMException):
             raise
         print(f"Stopped by SIGTERM. {CONTINUES}", file=sys.stderr)
         sys.exit(128 + signal.SIGTERM)

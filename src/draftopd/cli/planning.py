@@ -97,7 +97,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     d = drafter_of(config.drafter, target)
     data, trainer = config.data, config.trainer
     w, c = _precision(str(trainer.get("precision", "32-true")))
-    devices, sharing = _devices(trainer)
+    devices, sharing = _devices(trainer, given.devices)
 
     response = config.max_new_tokens
     mean_prompt = given.prompt_tokens or data.max_prompt_tokens
@@ -183,15 +183,17 @@ def _precision(name: str) -> tuple[int, int]:
     return PRECISIONS[name]
 
 
-def _devices(trainer: DictConfig) -> tuple[int, Sharing]:
-    """Processes in all, and how they share memory."""
+def _devices(trainer: DictConfig, found: int) -> tuple[int, Sharing]:
+    """Processes in all, and how they share memory; ``found`` devices where the trainer takes all there are."""
     devices, strategy = trainer.get("devices", 1), trainer.get("strategy", "auto")
     if isinstance(devices, str) and devices.isdigit():
         devices = int(devices)
     if OmegaConf.is_list(devices):
         devices = len(devices)
+    if devices in ("auto", -1):
+        devices = found
     if not isinstance(devices, int) or devices < 1:
-        raise ConfigError(f"trainer.devices={devices} depends on the machine: give the number, trainer.devices=N.")
+        raise ConfigError(f"trainer.devices={devices} is no number of devices: give it, trainer.devices=N.")
     count = devices * (trainer.get("num_nodes") or 1)
     name = str(strategy.get("_target_", "")) if OmegaConf.is_dict(strategy) else str(strategy)
     if "ModelParallel" in name or "fsdp" in name.lower():

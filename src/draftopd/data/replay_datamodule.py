@@ -285,6 +285,7 @@ class ReplayDataModule(L.LightningDataModule):
         self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
         if self._restored:
             self._loader.load_state_dict(self._restored)
+            self._restored = {}
         return self._loader
 
     # Lightning restores the loader's state by itself only if nothing asked for the loader before; the optimizer's

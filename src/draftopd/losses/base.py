@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from draftopd import ranks
+from draftopd.decoding.sampling import LEAST_TEMPERATURE
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
@@ -40,8 +41,6 @@ Stream = Literal["accepted", "rejected"]
 #: is then 0, and a drafter that proposes it pays a finite reverse KL. Logits within 1e4 of one another come to no such
 #: number unless divided by a temperature below 0.01.
 LEAST_LOG_P = -1e6
-#: Below this a temperature is 0 in all but name, and float32 logits overflow when divided by it.
-LEAST_TEMPERATURE = 1e-6
 
 
 class Loss(ABC):
@@ -206,10 +205,7 @@ class Teacher:
 
         def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
             with torch.no_grad():
-                logits = blocks.teacher_logits(states)
-                if self.temperature != 1:
-                    logits = logits / self.temperature
-                log_p = logits.log_softmax(-1).clamp_(min=LEAST_LOG_P)
+                log_p = self._divided(blocks.teacher_logits(states)).log_softmax(-1).clamp_(min=LEAST_LOG_P)
                 if self.top_k is not None:
                     log_p, mass = keep_top_k(log_p, self.top_k)
                     if self._counting:
@@ -225,6 +221,9 @@ class Teacher:
             return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
         finally:
             self._counting = False
+
+    def _divided(self, logits: Tensor) -> Tensor:
+        return logits if self.temperature == 1 else logits / self.temperature
 
     def report(self) -> dict[str, Tensor]:
         """The approximation's error since the last report: the mean mass outside the top k."""

@@ -59,6 +59,7 @@ class Assumptions:
 
     Args:
         gpu: a name of :data:`DEVICES`.
+        devices: of a machine, where the trainer takes all it finds (``trainer.devices=auto``).
         tflops, float32_tflops, bandwidth, memory, link: replace the GPU's (see :class:`Device`).
         utilisation: share of the arithmetic peak that large multiplications reach.
         bandwidth_utilisation: share of the memory's and the links' bandwidth.
@@ -69,6 +70,7 @@ class Assumptions:
     """
 
     gpu: str = "H100"
+    devices: Annotated[int, Field(ge=1)] = 8
     tflops: Positive | None = None
     float32_tflops: Positive | None = None
     bandwidth: Positive | None = None

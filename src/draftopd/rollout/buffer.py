@@ -12,7 +12,6 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
@@ -21,9 +20,9 @@ from types import TracebackType
 from safetensors import SafetensorError
 
 from draftopd.errors import BufferError, FileError
-from draftopd.files import checksum, inside, read_json, sync, write_json
+from draftopd.files import checksum, inside, read_json, sync, write_json, writing
 from draftopd.json_text import shown, whole
-from draftopd.rollout.shards import Shard, disk, write_shard
+from draftopd.rollout.shards import Shard, write_shard
 
 FORMAT = 3
 _COLUMNS = ("tokens", "anchors", "accepted", "emitted")
@@ -94,7 +93,7 @@ class BufferWriter:
         self._shards = 0
 
     def __enter__(self) -> BufferWriter:
-        with _disk(self.root):
+        with writing(f"The anchor buffer in {self.root}"):
             if self.rank == 0:
                 shutil.rmtree(self.partial, ignore_errors=True)
                 self.partial.mkdir(parents=True)
@@ -126,13 +125,13 @@ class BufferWriter:
             return
         columns = {name: [getattr(s, name) for s in self._pending] for name in _COLUMNS}
         columns["prompt_lengths"] = [[s.prompt_length] for s in self._pending]
-        with _disk(self.root):
+        with writing(f"The anchor buffer in {self.root}"):
             write_shard(self.partial / f"shard-{self.rank:03d}-{self._shards:05d}.safetensors", columns)
         self._shards += 1
         self._pending.clear()
 
     def _complete(self) -> None:
-        with _disk(self.root):
+        with writing(f"The anchor buffer in {self.root}"):
             paths = sorted(self.partial.glob("shard-*.safetensors"))
             counts = {"sequences": 0, "tokens": 0, "blocks": 0, "emitted": 0}
             for path in paths:
@@ -230,10 +229,6 @@ def read_manifest(directory: Path) -> Manifest:
             f"{directory} is no whole anchor buffer generation: {shown(str(error))} Delete it and roll out again."
         ) from error
     return manifest
-
-
-def _disk(root: Path) -> AbstractContextManager[None]:
-    return disk(root, "The anchor buffer")
 
 
 def _describe(root: Path) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -11,8 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from draftopd.errors import BufferError, FileError
-from draftopd.files import replaced, writing
+from draftopd.files import replaced
 
 #: Of the layout of a shard; kept in its metadata.
 FORMAT = "1"
@@ -88,17 +86,3 @@ class Shard:
     def column(self, name: str) -> Tensor:
         """All rows of a column, one after the other."""
         return self._file.get_tensor(name)
-
-
-@contextmanager
-def disk(root: Path, what: str) -> Iterator[None]:
-    """Turn the disk's errors into one clear message.
-
-    Raises:
-        BufferError: naming what could not be written, and why.
-    """
-    try:
-        with writing(f"{what} in {root}"):
-            yield
-    except FileError as error:
-        raise BufferError(str(error)) from error

@@ -19,8 +19,8 @@ from typing import Any
 
 from safetensors import SafetensorError
 
-from draftopd.files import checksum, replaced, write_json
-from draftopd.rollout.shards import FORMAT, Shard, disk, pack
+from draftopd.files import checksum, replaced, write_json, writing
+from draftopd.rollout.shards import FORMAT, Shard, pack
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ class TrajectoryStore:
         self._shards: dict[Path, Shard] = {}
         self._pending: dict[bytes, tuple[list[int], list[int]]] = {}
         self._written_at = time.monotonic()
-        with disk(self.directory, "The trajectory store"):
+        with writing(f"The trajectory store in {self.directory}"):
             self.directory.mkdir(parents=True, exist_ok=True)
             if not (self.directory / "settings.json").exists():
                 write_json(self.directory / "settings.json", settings, int(FORMAT))
@@ -88,7 +88,7 @@ class TrajectoryStore:
         if not self._pending:
             return
         prompts, responses = zip(*self._pending.values(), strict=True)
-        with disk(self.directory, "The trajectory store"):
+        with writing(f"The trajectory store in {self.directory}"):
             content = pack({"prompts": prompts, "responses": responses})
             path = self.directory / f"texts-{uuid.uuid4().hex[:12]}-{zlib.crc32(content):08x}.safetensors"
             with replaced(path) as partial:
