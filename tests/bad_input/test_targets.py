@@ -44,6 +44,18 @@ def index(places: Any) -> Change:
     return change
 
 
+def named(weights: Any, places: Any = None) -> Change:
+    """Weights that the config names, with such an index."""
+
+    def change(place: Path) -> None:
+        config(transformers_weights=weights)(place)
+        if places:
+            (place / weights).write_text(json.dumps({"metadata": {}, "weight_map": places}))
+        (place / "adapter_model.bin").write_bytes(b"")
+
+    return change
+
+
 def tensors(edit: Callable[[dict[str, torch.Tensor]], object]) -> Change:
     def change(place: Path) -> None:
         found = load_file(place / "model.safetensors")
@@ -75,8 +87,8 @@ TARGETS: dict[str, tuple[Change, str]] = {
     "hidden_size below 0": (config(hidden_size=-32), "a hidden_size of -32, but its embedding"),
     "hidden_size missing": (config(hidden_size=...), r"a hidden_size of 4096, but its embedding is \[64, 32\]: copy"),
     "hidden_size huge": (config(hidden_size=2**20), "a hidden_size of 1048576, but its embedding"),
-    "layers huge": (config(num_hidden_layers=10**6, layer_types=None), "1000000 layers: copy or download"),
-    "layers too many": (config(num_hidden_layers=4000, layer_types=None), "parameters, but its safetensors files hold"),
+    "layers huge": (config(num_hidden_layers=10**5, layer_types=None), "100000 layers: copy or download"),
+    "layers too many": (config(num_hidden_layers=600, layer_types=None), "parameters, but its safetensors files hold"),
     "vocab_size huge": (config(vocab_size=2**24), "describes [0-9]+ parameters, but its .*hold [0-9]+ bytes: copy"),
     "intermediate_size huge": (config(intermediate_size=2**22), "parameters, but its safetensors files hold"),
     "layers below 0": (config(num_hidden_layers=-1), LOAD),
@@ -100,6 +112,12 @@ TARGETS: dict[str, tuple[Change, str]] = {
     "an index of a list": (index([LAYER]), "index.json cannot be read.*copy or download"),
     "an index of nothing": (index(None), "index.json cannot be read"),
     "an index to a missing file": (index({LAYER: "other.safetensors"}), f"{LOAD}|lacks the tensors"),
+    "a pickle that the config names": (named("adapter_model.bin"), "config.json of .* names adapter_model.bin: only"),
+    "weights elsewhere": (named("../model.safetensors"), r"config.json of .* names \.\./model.safetensors: only"),
+    "weights of a list": (named(["model.safetensors"]), "config.json of .* names .*: only safetensors files beside it"),
+    "a named index that leads out": (
+        named("own.safetensors.index.json", {LAYER: "../part.safetensors"}), r"index of .* names \.\./part.safetensors",
+    ),
     "code of its own": (coded, LOAD),
 }  # fmt: skip
 

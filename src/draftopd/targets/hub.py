@@ -55,13 +55,13 @@ def _hub_reachable(timeout: float = 5.0) -> bool:
     return True
 
 
-def check_index(directory: str) -> None:
+def check_index(directory: str, name: str = "model.safetensors.index.json") -> None:
     """Refuse a local target whose index leads anywhere but to safetensors files beside it.
 
     Raises:
         TargetError: naming what it lists, or that it cannot be read.
     """
-    index = Path(directory) / "model.safetensors.index.json"
+    index = Path(directory) / name
     if not index.is_file():
         return
     try:
@@ -69,6 +69,21 @@ def check_index(directory: str) -> None:
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise TargetError(f"{index} cannot be read ({shown(str(error))}): copy or download it again.") from error
     check_places(places, directory)
+
+
+def check_weights(path: str, config: PreTrainedConfig) -> None:
+    """Refuse a target whose config names weights of its own that are no safetensors files beside it, or no such index.
+
+    Raises:
+        TargetError: naming them.
+    """
+    named = getattr(config, "transformers_weights", None)
+    if named is None:
+        return
+    if isinstance(named, str) and Path(named).name == named and named.endswith(".safetensors.index.json"):
+        check_index(path, named)
+    else:
+        check_places([named], path, "config.json")
 
 
 def check_width(directory: str, config: PreTrainedConfig) -> None:
@@ -96,9 +111,9 @@ def check_width(directory: str, config: PreTrainedConfig) -> None:
 
 
 def check_size(directory: str, numbers: int) -> None:
-    """Refuse a local target whose config describes a far larger model than its files can hold.
+    """Refuse a local target whose config describes a far larger model than its safetensors files can hold.
 
-    What the files lack, transformers makes itself, as large as the config says.
+    What the files lack, transformers makes itself, as large as the config says; where there are none, it says so.
 
     Args:
         numbers: parameters by the config.
@@ -106,16 +121,18 @@ def check_size(directory: str, numbers: int) -> None:
     Raises:
         TargetError: naming both sizes.
     """
-    held = sum(file.stat().st_size for file in Path(directory).glob("*.safetensors"))
-    if numbers > 16 * held + 2**20:  # no quantization has more numbers a byte
+    files = list(Path(directory).glob("*.safetensors"))
+    held = sum(file.stat().st_size for file in files)
+    # The tightest quantization, one bit a weight, has 8 numbers a byte.
+    if files and numbers > 16 * held + 2**20:
         raise TargetError(
             f"config.json of {directory} describes {numbers} parameters, but its safetensors files hold {held} bytes: "
             "copy or download both again."
         )
 
 
-def check_places(places: Iterable[object], path: str) -> None:
-    """Refuse files of an index that are no safetensors files in its own directory.
+def check_places(places: Iterable[object], path: str, what: str = "index") -> None:
+    """Refuse files, named by an index or else, that are no safetensors files in its own directory.
 
     Raises:
         TargetError: naming them.
@@ -123,7 +140,7 @@ def check_places(places: Iterable[object], path: str) -> None:
     others = [p for p in places if not isinstance(p, str) or Path(p).name != p or not p.endswith(".safetensors")]
     if others:
         raise TargetError(
-            f"The index of {path} names {listed(dict.fromkeys(map(str, others)))}: only safetensors files beside it "
+            f"The {what} of {path} names {listed(dict.fromkeys(map(str, others)))}: only safetensors files beside it "
             "are read. Download the target again, from a place you trust."
         )
 

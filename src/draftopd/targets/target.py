@@ -24,7 +24,15 @@ from transformers import (
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import check_index, check_size, check_width, local_only, resolve, unavailable
+from draftopd.targets.hub import (
+    check_index,
+    check_size,
+    check_weights,
+    check_width,
+    local_only,
+    resolve,
+    unavailable,
+)
 from draftopd.targets.masks import LayerMasks, own_block
 from draftopd.targets.packed import within
 
@@ -44,11 +52,18 @@ class Reading(NamedTuple):
 
 
 def _parameters(config: PreTrainedConfig, trust_remote_code: bool) -> int:
-    """How many numbers a config's model has; it is made without memory."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(
-            deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
-        )
+    """How many numbers a config's model has; it is made without memory. 0 where it cannot be made so.
+
+    A model that reads its own weights while it is made cannot; the loader has ways around that, and says what is wrong
+    with any other.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception:
+        return 0
     return sum(parameter.numel() for parameter in model.parameters())
 
 
@@ -115,6 +130,7 @@ class Target(nn.Module):
         check_index(path)
         try:
             config = AutoConfig.from_pretrained(path, **options)
+            check_weights(path, config)
             check_width(path, config.get_text_config())
             if Path(path).is_dir():
                 check_size(path, _parameters(config, trust_remote_code))
