@@ -16,6 +16,7 @@ import pytest
 import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.plugins.precision import MixedPrecision
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -221,9 +222,10 @@ def test_a_full_disk_costs_the_batch_and_not_the_run(
     assert not list((tmp_path / "nonfinite").iterdir())
 
 
-def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"half", save({"ids": torch.ones(1)}), save({"layout.x": torch.ones(1)})])
+def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step-1.safetensors"
-    path.write_bytes(b"half")
+    path.write_bytes(content)
     with pytest.raises(FileError, match="step-1.safetensors is no kept batch, or damaged"):
         read_batch(path)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import zlib
 from collections.abc import Callable
@@ -28,6 +29,9 @@ from draftopd.interop.__main__ import read_any
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
 from draftopd.json_text import parse_json
+from draftopd.nonfinite import keep_batch, read_batch
+from draftopd.packing import Layout
+from draftopd.replay import ReplayBatch
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.recorded import JsonlTrajectories
 from draftopd.rollout.server_answers import AnswerError, from_generate, from_text, from_token_ids
@@ -56,7 +60,8 @@ def subjects(root: Path) -> dict[str, Subject]:
     request = Request(target, None, tokenizer, lambda: [[5, 6]], range(3), frozenset({3}), Sampling(), 8, 64, seed=0)
     found = {"prompts": _prompts(root, PromptEncoder(tokenizer)), "recorded texts": _texts(root, request)}
     tokenizer.save_pretrained(root / "target")
-    found |= {"suites": _suites(root)} | _targets(root) | _buffers(root) | _drafters(root, target) | _answers(request)
+    found |= {"suites": _suites(root), "kept batch": _batch(root)}
+    found |= _targets(root) | _buffers(root) | _drafters(root, target) | _answers(request)
     return found
 
 
@@ -117,6 +122,19 @@ def _suites(root: Path) -> Subject:
             Suite("own", "no/such", path=str(root / "suite.jsonl"), **options).examples()  # type: ignore[arg-type]
 
     return Subject([_lines(rows)], read)
+
+
+def _batch(root: Path) -> Subject:
+    one = torch.ones(1, 4, dtype=torch.long)
+    batch = ReplayBatch(one, one[:, 0], one[:, 0], one, one.bool(), one[:, 0], Layout(one[:, 0], one[:, 0]))
+    path = keep_batch(root, 1, [batch], [math.nan], {"step": 1, "rank": 0, "ranks": 1})
+    assert path is not None
+
+    def read(data: bytes) -> None:
+        path.write_bytes(data)
+        read_batch(path)
+
+    return Subject([path.read_bytes()], read)
 
 
 def _buffers(root: Path) -> dict[str, Subject]:
