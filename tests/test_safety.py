@@ -7,12 +7,14 @@ import inspect
 import json
 import subprocess
 import sys
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 from omegaconf import OmegaConf
 
+from draftopd.planning.shapes import shape_of
+from draftopd.targets.hub import _hub_reachable
 from draftopd.targets.target import Target, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
@@ -26,15 +28,22 @@ RUNS = {
 }  # fmt: skip
 
 
-def calls() -> Iterator[tuple[str, str, dict[str, object]]]:
+@cache
+def nodes() -> list[tuple[Path, ast.AST]]:
+    return [(path, node) for path in SOURCES for node in ast.walk(ast.parse(path.read_text()))]
+
+
+@cache
+def calls() -> list[tuple[str, str, dict[str, object]]]:
     """``(place, name, keyword arguments)`` of every call; arguments that are no constants are ``...``."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            if isinstance(node, ast.Call):
-                options = {
-                    k.arg or "**": k.value.value if isinstance(k.value, ast.Constant) else ... for k in node.keywords
-                }
-                yield f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), options
+    found = []
+    for path, node in nodes():
+        if isinstance(node, ast.Call):
+            options = {
+                k.arg or "**": k.value.value if isinstance(k.value, ast.Constant) else ... for k in node.keywords
+            }
+            found.append((f"{path.relative_to(ROOT)}:{node.lineno}", ast.unparse(node.func), options))
+    return found
 
 
 def test_nothing_that_is_read_is_run() -> None:
@@ -52,7 +61,7 @@ def test_pickles_hold_tensors_and_plain_values_only() -> None:
 def test_targets_are_read_from_safetensors_without_their_code() -> None:
     models = [o for _, name, o in calls() if name == "AutoModelForCausalLM.from_pretrained"]
     assert models and all(options.get("use_safetensors") is True for options in models)
-    for load in (Target.load, load_tokenizer):
+    for load in (Target.load, load_tokenizer, shape_of):
         assert inspect.signature(load).parameters["trust_remote_code"].default is False
     for path in sorted((ROOT / "configs" / "target").glob("*.yaml")):
         assert OmegaConf.load(path).target.trust_remote_code is False, path
@@ -61,14 +70,25 @@ def test_targets_are_read_from_safetensors_without_their_code() -> None:
 
 def test_only_the_commands_know_hydra() -> None:
     """So that no checkpoint, buffer or answer can name a class to be made."""
-    for path in SOURCES:
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
-            if any(name.split(".")[0] == "hydra" for name in names):
-                assert path.parent.name == "cli" or path.parent == ROOT, path
+    for path, node in nodes():
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        if any(name.split(".")[0] == "hydra" for name in names):
+            assert path.parent.name == "cli" or path.parent == ROOT, path
     made = {place.rpartition(":")[0] for place, name, _ in calls() if name.endswith("instantiate")}
     assert made == {f"src/draftopd/cli/{name}.py" for name in ("training", "evaluation", "planning")}
+
+
+def test_whatever_opens_a_connection_gives_up() -> None:
+    """Connections to servers and programs; those to the hub are tests/targets/test_hub.py's."""
+    opens = ("subprocess.run", "socket.create_connection", "httpx2.Client", "httpx2.get", "urlopen", "requests.get")
+    found = [(place, name, options) for place, name, options in calls() if name in opens]
+    assert {name for _, name, _ in found} == {"subprocess.run", "socket.create_connection", "httpx2.Client"}
+    assert all("timeout" in options for _, name, options in found if name != "socket.create_connection"), found
+    assert inspect.signature(_hub_reachable).parameters["timeout"].default == 5
+    asking = {place.rpartition(":")[0] for place, name, _ in calls() if name == "load_dataset"}
+    limiting = {place.rpartition(":")[0] for place, name, _ in calls() if name == "limit_waiting"}
+    assert asking <= limiting
 
 
 @pytest.mark.parametrize(

@@ -19,6 +19,7 @@ from collections import Counter
 from pathlib import Path
 
 import torch
+from transformers.utils.logging import disable_progress_bar
 
 from tests.fuzz.mutations import mutate
 from tests.fuzz.running import outcome
@@ -36,6 +37,7 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # a warning a mutation says nothing
+    disable_progress_bar()
     counts: dict[str, Counter[str]] = {}
     findings: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory() as root:

@@ -13,6 +13,7 @@ from draftopd.data.order import RoundOrder
 from draftopd.data.reasoning import Split, problem
 from draftopd.errors import PromptError
 from draftopd.json_text import MAX_LINE, is_text, listed, parse_json, shown
+from draftopd.targets.hub import limit_waiting
 
 #: One conversation in the chat template's form.
 Messages = list[dict[str, str]]
@@ -162,6 +163,7 @@ def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
     except ImportError as error:
         raise PromptError("Hub datasets need the datasets package: pip install datasets.") from error
     path, field = source["path"], source["field"]
+    limit_waiting()
     try:
         rows = load_dataset(path, source.get("name"), split=source.get("split", "train"))
     except Exception as error:

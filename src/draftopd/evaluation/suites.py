@@ -12,6 +12,7 @@ from draftopd.data.prompts import read_rows
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
 from draftopd.json_text import is_text, listed
+from draftopd.targets.hub import limit_waiting
 
 #: Seed of the choice where a suite has more rows than are decoded.
 CHOICE = 42
@@ -117,6 +118,7 @@ class Suite:
             from datasets import load_dataset
         except ImportError as error:
             raise PromptError("Suites from the hub need the datasets package: pip install datasets.") from error
+        limit_waiting()
         try:
             return list(load_dataset(self.dataset, self.subset, split=self.split))
         except Exception as error:

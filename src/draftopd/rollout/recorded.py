@@ -13,6 +13,7 @@ from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
 from draftopd.json_text import MAX_LINE, listed, parse_json, shown
 from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Request, Trajectories, Trajectory
+from draftopd.targets.hub import limit_waiting
 
 
 class RecordedTrajectories(Trajectories):
@@ -166,6 +167,7 @@ class DatasetTrajectories(RecordedTrajectories):
             from datasets import load_dataset
         except ImportError as error:
             raise PromptError("Datasets of trajectories need the datasets package: pip install datasets.") from error
+        limit_waiting()
         try:
             self.rows = load_dataset(path, name, split=split, data_files=data_files)
         except Exception as error:

@@ -7,9 +7,11 @@ import socket
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
+from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies
 
+from huggingface_hub import get_session
 from huggingface_hub.constants import ENDPOINT
 from safetensors import SafetensorError, safe_open
 from transformers import PreTrainedConfig
@@ -24,6 +26,9 @@ BUNDLED = "bundled:"
 
 #: No target has more.
 MOST_LAYERS = 4096
+
+#: Seconds until a request to the hub is given up.
+WAITING = 60.0
 
 _EMBEDDINGS = {"model.embed_tokens.weight", "model.language_model.embed_tokens.weight"}
 
@@ -40,7 +45,27 @@ def local_only(path: str) -> bool:
 
     The hub's client tries many times before it gives up; one look at the network spares the wait.
     """
-    return Path(path).is_dir() or not _hub_reachable()
+    if Path(path).is_dir():
+        return True
+    limit_waiting()
+    return not _hub_reachable()
+
+
+def limit_waiting() -> None:
+    """Let requests to the hub that bring no time-out of their own end after :data:`WAITING` without an answer.
+
+    The hub's client, which transformers and datasets share, would wait for ever: for lists of files and the like.
+    """
+    client = get_session()
+    hooks = client.event_hooks
+    if _limit not in hooks["request"]:
+        client.event_hooks = hooks | {"request": [*hooks["request"], _limit]}
+
+
+def _limit(request: Any) -> None:
+    given = request.extensions.get("timeout") or {}
+    limits = {phase: given.get(phase) for phase in ("connect", "read", "write", "pool")}
+    request.extensions["timeout"] = {phase: WAITING if s is None else s for phase, s in limits.items()}
 
 
 @cache
