@@ -93,7 +93,7 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     return {
         "seconds": statistics.median(seconds),
         "peak_mib": (held(options.device) - before) / 2**20,
-        "value": float(value),
+        "value": float(value.detach()),
         "gradient_norm": float(gradient.float().norm()),
     }
 

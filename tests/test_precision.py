@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import lightning as L
 import pytest
 import torch
 from hydra.utils import instantiate
@@ -12,6 +13,7 @@ from omegaconf import OmegaConf
 
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
+from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.module import DraftModule
 from draftopd.targets.target import Target
 from tests.cli.conftest import ROOT
@@ -42,3 +44,16 @@ def test_bf16_mixed_stays_near_float32(
         assert rounded == pytest.approx(exact, rel=0.05)
     assert torch.cosine_similarity(*moves, dim=0) > 0.95
     assert moves[1].norm() == pytest.approx(float(moves[0].norm()), rel=0.05)
+
+
+@pytest.mark.parametrize("precision, expected", [("32-true", torch.float32), ("bf16-mixed", torch.bfloat16)])
+def test_rollouts_draft_in_the_precision_of_training(
+    precision: str, expected: torch.dtype, target: Target, make_any: Callable[..., Drafter]
+) -> None:
+    module = DraftModule(target, make_any("dflash", target), CrossEntropy(), Sampling(), frozenset())
+    module.trainer = L.Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
+    states = torch.randn(2, 4)
+    with module.drafting():
+        assert (states @ states.T).dtype == expected
+        assert not module.drafter.training
+    assert (states @ states.T).dtype == torch.float32

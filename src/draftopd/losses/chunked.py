@@ -53,21 +53,24 @@ class _PerSlot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, student: Tensor, fn: SlotFunction, head: Head, chunk: int, *extras: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        values, gradients = [], []
+        # Made at once: what outlives a chunk would lie between its buffers and keep their memory from being used again.
+        values = gradient = student.new_empty(0)
         for start in range(0, max(1, student.shape[0]), chunk):
             part = slice(start, start + chunk)
             states = student[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 value = fn(head.logits(states), *(extra[part] for extra in extras))
                 columns = value.sum(0, keepdim=value.ndim == 1).unbind()
-            values.append(value.detach().float())
-            if wanted:
-                found = [torch.autograd.grad(c, states, retain_graph=c is not columns[-1])[0] for c in columns]
-                gradients.append(torch.stack(found, 1))
+            if not start:
+                values = value.new_empty(len(student), *value.shape[1:], dtype=torch.float32)
+                gradient = student.new_empty(len(student), len(columns), student.shape[-1]) if wanted else gradient
+            values[part] = value.detach()
+            for number, column in enumerate(columns if wanted else ()):
+                (gradient[part, number],) = torch.autograd.grad(column, states, retain_graph=column is not columns[-1])
         if wanted:
-            ctx.save_for_backward(torch.cat(gradients))
+            ctx.save_for_backward(gradient)
         ctx.extras = len(extras)
-        return torch.cat(values)
+        return values
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
