@@ -28,7 +28,7 @@ DOCS_STAMP := $(VENV)/.draftopd-docs
 .DEFAULT_GOAL := help
 # A half-made environment must not count as one.
 .DELETE_ON_ERROR:
-.PHONY: help train test lint typecheck format docs clean
+.PHONY: help train test lint typecheck format audit docs fuzz clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -51,6 +51,17 @@ typecheck: $(DEV_STAMP) ## Check types only
 format: $(DEV_STAMP) ## Sort imports, apply safe fixes and format
 	$(BIN)/ruff check --fix --exit-zero
 	$(BIN)/ruff format
+
+# pip-audit has an environment of its own: its dependencies are none of ours.
+audit: $(DEV_STAMP) $(VENV)/audit/bin/pip-audit ## Look up known vulnerabilities of what is installed (pip-audit)
+	$(BIN)/python .ci/audit.py $(VENV)/audit/bin/pip-audit
+
+$(VENV)/audit/bin/pip-audit:
+	$(BIN)/python -m venv $(VENV)/audit
+	$(VENV)/audit/bin/python -m pip install --disable-pip-version-check --quiet pip-audit
+
+fuzz: $(DEV_STAMP) ## Fuzz what reads files and answers from elsewhere: ARGS="--seconds 600"
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
 # The variable silences a notice of the theme's about other programs.
 docs: $(DOCS_STAMP) ## Install with the docs extra and build the documentation into site/

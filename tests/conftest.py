@@ -184,3 +184,15 @@ def chi_square() -> Callable[[Tensor, Tensor], float]:
         return float(stats.chisquare(counts.numpy(), expected.numpy()).pvalue)
 
     return test
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    """How many of the malformed inputs of ``tests/bad_input`` were refused as they should be."""
+    outcomes = [
+        outcome
+        for outcome in ("passed", "failed")
+        for report in terminalreporter.stats.get(outcome, [])
+        if report.nodeid.startswith("tests/bad_input/") and "[" in report.nodeid
+    ]
+    if outcomes:
+        terminalreporter.write_line(f"bad input: {outcomes.count('passed')} refused of {len(outcomes)} tried")

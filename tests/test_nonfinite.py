@@ -17,6 +17,7 @@ import torch
 import torch.multiprocessing as mp
 from lightning.pytorch.plugins.precision import MixedPrecision
 from lightning.pytorch.utilities.exceptions import SIGTERMException
+from safetensors.torch import save
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -222,9 +223,10 @@ def test_a_full_disk_costs_the_batch_and_not_the_run(
     assert not list((tmp_path / "nonfinite").iterdir())
 
 
-def test_a_damaged_batch_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize("content", [b"half", save({"ids": torch.ones(1)}), save({"layout.x": torch.ones(1)})])
+def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step-1.safetensors"
-    path.write_bytes(b"half")
+    path.write_bytes(content)
     with pytest.raises(FileError, match="step-1.safetensors is no kept batch, or damaged"):
         read_batch(path)
 

@@ -7,7 +7,6 @@ import os
 import pickle
 import shutil
 import zipfile
-import zlib
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +15,7 @@ from lightning.fabric.plugins.io import TorchCheckpointIO
 
 from draftopd.errors import FileError
 from draftopd.files import replaced, writing
+from draftopd.json_text import shown
 
 log = logging.getLogger(__name__)
 
@@ -79,19 +79,41 @@ def read(path: Path) -> dict[str, Any]:
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong is not None:
-            raise FileError(f"The checkpoint {path} is damaged: the checksum of {wrong} differs.")
+            raise FileError(
+                f"The checkpoint {path} is damaged: the checksum of {shown(wrong, 100)} differs: use another."
+            )
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-    except (
-        OSError, RuntimeError, ValueError, EOFError, KeyError, pickle.UnpicklingError, zipfile.BadZipFile, zlib.error,
-    ) as error:  # fmt: skip
+        if not isinstance(checkpoint, dict) or not {"drafter", "state_dict"} <= checkpoint.keys():
+            raise TypeError("it holds no drafter")
+        described, weights = checkpoint["drafter"], checkpoint["state_dict"]
+        if (
+            not isinstance(described, dict)
+            or not isinstance(weights, dict)
+            or not all(map(_is_weight, weights.items()))
+        ):
+            raise TypeError("it holds no drafter")
+    except FileError:
+        raise
+    except Exception as error:  # torch.load has no kind of error of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise FileError(f"{path} is no checkpoint of a training run, or damaged: {reason}") from error
-    if not isinstance(checkpoint, dict) or not {"drafter", "state_dict"} <= checkpoint.keys():
-        raise FileError(f"{path} is no checkpoint of a training run: it holds no drafter. Name another file.")
+        if isinstance(error, pickle.UnpicklingError):
+            # torch's own advice is to load it all the same, which would run what it holds.
+            reason = "it holds something else than tensors and plain values, which is never loaded"
+        raise FileError(
+            f"{path} is no checkpoint of a training run, or damaged: {shown(reason)}. Name a run's "
+            "checkpoints/last.ckpt or best.ckpt, or a drafter's directory."
+        ) from error
     found = checkpoint.get(_KEY, FORMAT)
     if found != FORMAT:
-        raise FileError(f"The checkpoint {path} has format {found}, this version reads {FORMAT}.")
+        raise FileError(
+            f"The checkpoint {path} has format {shown(found, 40)}, this version reads {FORMAT}: use the version that "
+            "wrote it, or name another."
+        )
     return checkpoint
+
+
+def _is_weight(item: tuple[Any, Any]) -> bool:
+    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
 
 
 def newest_whole(directory: Path) -> Path | None:

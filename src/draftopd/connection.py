@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import queue
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -15,6 +15,7 @@ import httpx2
 import tenacity
 
 from draftopd.errors import ConfigError, ServerError
+from draftopd.json_text import is_text, listed, parse_json, shown
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +50,8 @@ class Address:
         after_failure: what the user is told of what came before a failure.
 
     Raises:
-        ConfigError: if a number lies outside its range, or the named variable is not set.
+        ConfigError: if a number lies outside its range, the address holds a password, or the named variable is not
+            set.
     """
 
     def __init__(
@@ -67,17 +69,37 @@ class Address:
                 f"{group}.concurrency and attempts must be 1 or more and timeout above 0, "
                 f"found {concurrency}, {attempts} and {timeout}."
             )
+        if has_password(url):
+            raise ConfigError(
+                f"{group}.url holds a user or password, which logs and records would show: leave it out, and name the "
+                f"environment variable of a key with {group}.api_key_env."
+            )
         self.root, self.group = url.rstrip("/").removesuffix("/v1"), group
         self.concurrency, self.timeout, self.attempts = concurrency, timeout, attempts
         self.after_failure = after_failure
         self.headers: dict[str, str] = {}
+        self._key = ""
         if api_key_env is not None:
             if api_key_env not in os.environ:
-                raise ConfigError(f"The environment variable {api_key_env} ({group}.api_key_env) is not set.")
-            key = os.environ[api_key_env].strip()
-            if not (key.isascii() and key.isprintable() and key):
+                # What looks like no variable's name may be the key itself: it is not repeated.
+                name = api_key_env if re.fullmatch("[A-Z_][A-Z0-9_]*", api_key_env) else "that it names"
+                raise ConfigError(
+                    f"The environment variable {name} ({group}.api_key_env) is not set: give the variable's name, not "
+                    "the key, and set it."
+                )
+            self._key = os.environ[api_key_env].strip()
+            if not (self._key.isascii() and self._key.isprintable() and self._key):
                 raise ConfigError(f"The environment variable {api_key_env} holds no key that a header can carry.")
-            self.headers["Authorization"] = f"Bearer {key}"
+            self.headers["Authorization"] = f"Bearer {self._key}"
+
+    def quote(self, text: str) -> str:
+        """What the server said, for one line of a message: without the key, should it have sent that back."""
+        return shown(text.replace(self._key, "[key]") if self._key else text)
+
+
+def has_password(url: str) -> bool:
+    """Whether an address carries a user or password."""
+    return "@" in re.split("[/?#]", url.partition("://")[2])[0]
 
 
 class Line:
@@ -106,7 +128,9 @@ class Line:
         self.client.close()
 
     def _no_address(self) -> ServerError:
-        return ServerError(f"{self.address.root} is no address: write {self.address.group}.url=http://HOST:PORT.")
+        return ServerError(
+            f"{shown(self.address.root)} is no address: write {self.address.group}.url=http://HOST:PORT."
+        )
 
     def only_model(self) -> str:
         """The name of the only model served.
@@ -117,12 +141,14 @@ class Line:
         root, group = self.address.root, self.address.group
         answer = self.send("GET", "/v1/models")
         try:
-            names = [str(model["id"]) for model in answer["data"]]
+            names = [model["id"] for model in answer["data"]]
         except (KeyError, TypeError) as error:
             raise ServerError(f"{root}/v1/models lists no models: name one, {group}.model=NAME.") from error
+        if not all(map(is_text, names)):
+            raise ServerError(f"{root}/v1/models lists no models: name one, {group}.model=NAME.")
         if len(names) != 1:
-            raise ServerError(f"{root} serves {', '.join(names) or 'no model'}: choose {group}.model=NAME.")
-        return names[0]
+            raise ServerError(f"{root} serves {listed(names) if names else 'no model'}: choose {group}.model=NAME.")
+        return str(names[0])
 
     def answers(self, ask: Callable[[Asked], Answer], prompts: Sequence[Asked]) -> Iterator[list[Answer]]:
         """All answers as they arrive; the first error ends it."""
@@ -157,7 +183,7 @@ class Line:
                     raise answer
 
     def send(
-        self, method: str, path: str, body: dict[str, Any] | None = None, read: Callable[[str], Any] = json.loads
+        self, method: str, path: str, body: dict[str, Any] | None = None, read: Callable[[str], Any] = parse_json
     ) -> Any:
         """What the server answers, read as JSON unless told otherwise, after as many tries as it takes.
 
@@ -176,8 +202,8 @@ class Line:
             return retrying(self._try, method, path, body, read)
         except _TransientError as error:
             raise ServerError(
-                f"{self.address.root}{path} failed {self.address.attempts} times, last with {error}."
-                f"{self.address.after_failure}"
+                f"{self.address.root}{path} failed {self.address.attempts} times, last with {error}. Look into the "
+                f"server's log, and at {self.address.group}.url.{self.address.after_failure}"
             ) from error
 
     def _try(self, method: str, path: str, body: dict[str, Any] | None, read: Callable[[str], Any]) -> Any:
@@ -191,11 +217,14 @@ class Line:
                     if time.monotonic() > deadline:
                         raise _TransientError(f"no complete answer within {self.address.timeout:g} s")
                     if len(content) > MAX_BYTES:
-                        raise ServerError(f"{where} sent more than {MAX_BYTES} bytes for one answer.")
+                        raise ServerError(
+                            f"{where} sent more than {MAX_BYTES} bytes for one answer: check that "
+                            f"{self.address.group}.url is an engine's address."
+                        )
         except (httpx2.UnsupportedProtocol, httpx2.InvalidURL) as error:
             raise self._no_address() from error
         except httpx2.HTTPError as error:
-            raise _TransientError(f"{type(error).__name__}: {error}") from error
+            raise _TransientError(f"{type(error).__name__}: {self.address.quote(str(error))}") from error
         except RuntimeError as error:
             raise _TransientError("the connection was closed") from error
         status, text = response.status_code, content.decode("utf-8", "replace")
@@ -206,7 +235,10 @@ class Line:
                 f"{where} refuses the request ({status}): name its key's variable, {self.address.group}.api_key_env."
             )
         if status != 200:
-            raise ServerError(f"{where} refuses the request ({status}): {text[:300]}")
+            raise ServerError(
+                f"{where} refuses the request ({status}): {self.address.quote(text) or 'no reason given'} (check "
+                f"{self.address.group}.url, and what the server was started with)"
+            )
         try:
             return read(text)
         except ValueError as error:

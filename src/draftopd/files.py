@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 from safetensors import SafetensorError
 
 from draftopd.errors import FileError
+from draftopd.json_text import parse_json, shown
 
 
 @contextmanager
@@ -93,15 +94,15 @@ def read_json(path: Path, number: int) -> dict[str, Any]:
         FileError: if it is absent, damaged, foreign or of another format; it says which, the caller what to do.
     """
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise FileError(f"{path} is damaged: it is no JSON ({error}).") from error
+        raise FileError(f"{path} is damaged: it is no JSON ({shown(str(error))}).") from error
     if not isinstance(content, dict) or not {"format", "checksum"} <= content.keys():
         raise FileError(f"{path} has no format number and checksum: another program or version wrote it.")
     if content["format"] != number:
-        raise FileError(f"{path} has format {content['format']}, this version reads {number}.")
+        raise FileError(f"{path} has format {shown(content['format'], 40)}, this version reads {number}.")
     if content.pop("checksum") != seal(content):
         raise FileError(f"{path} is damaged: its checksum differs.")
     del content["format"]

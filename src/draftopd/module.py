@@ -9,10 +9,11 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -38,6 +39,10 @@ from draftopd.stopwatch import Stopwatch
 from draftopd.targets.target import Target
 
 log = logging.getLogger(__name__)
+
+#: Ranges of the options, for the check of configurations.
+Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+Share = Annotated[float, Field(ge=0, le=1)]
 
 
 @dataclass
@@ -84,11 +89,11 @@ class DraftModule(L.LightningModule):
         loss: Loss,
         sampling: Sampling,
         stop: frozenset[int],
-        learning_rate: float = 3e-4,
-        weight_decay: float = 0.0,
-        betas: tuple[float, float] = (0.9, 0.95),
-        warmup: float = 0.05,
-        final_rate: float = 0.0,
+        learning_rate: Rate = 3e-4,
+        weight_decay: NonNegativeFloat = 0.0,
+        betas: tuple[Share, Share] = (0.9, 0.95),
+        warmup: Share = 0.05,
+        final_rate: Share = 0.0,
         activation_checkpointing: bool = False,
         attention: Kernel = "auto",
         max_new_tokens: int = 256,

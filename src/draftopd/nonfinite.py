@@ -17,6 +17,7 @@ from torch.optim import Optimizer
 
 from draftopd.errors import ConfigError, FileError, NumericsError
 from draftopd.files import replaced, write_json
+from draftopd.json_text import shown
 from draftopd.packing import Layout
 from draftopd.replay import ReplayBatch
 
@@ -143,10 +144,13 @@ def read_batch(path: str | Path) -> ReplayBatch:
     """
     try:
         tensors = load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise FileError(f"{path} is no kept batch, or damaged: {error}") from error
-    layout = {k.removeprefix("layout."): tensors.pop(k) for k in list(tensors) if k.startswith("layout.")}
-    return ReplayBatch(**tensors, layout=Layout(**layout) if layout else None)
+        layout = {k.removeprefix("layout."): tensors.pop(k) for k in list(tensors) if k.startswith("layout.")}
+        return ReplayBatch(**tensors, layout=Layout(**layout) if layout else None)
+    except (OSError, SafetensorError, TypeError) as error:
+        raise FileError(
+            f"{path} is no kept batch, or damaged: {shown(str(error))}. Name a step-N.safetensors of a run's nonfinite "
+            "directory."
+        ) from error
 
 
 def _gradient(parameter: Tensor) -> Tensor | None:

@@ -60,7 +60,7 @@ def test_operations_and_test_prompts_are_reported(finished: Path) -> None:
     assert run.report["test_tau"] == pytest.approx(acceptance_length(list(run.tested.values()))[0])
     assert list(run.tested) == ["0", "1", "2", "3", "4"]
     emitted = [sum(blocks) for blocks in run.tested.values()]
-    assert 0 < min(emitted) and max(emitted) <= 12
+    assert min(emitted) > 0 and max(emitted) <= 12
     (row,) = rows([run])
     assert row["steps"] == 4 and row["test_tokens"] == sum(emitted) and row["gflop_total"] > 0
 

@@ -29,39 +29,6 @@ def test_good_lines(tmp_path: Path) -> None:
     assert len(JsonlPrompts(str(path), limit=2)) == 2
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (b"", "holds no prompts"),
-        (b"\n\n", "holds no prompts"),
-        (b'{"prompt": "a"}\n{"prompt": ', "line 2 is not JSON"),
-        (b'["a"]', "line 1 holds a list"),
-        (b'"a"', "line 1 holds a str"),
-        (b"3", "line 1 holds a int"),
-        (b'{"prompt": ""}', "line 1 has no text under 'prompt'"),
-        (b'{"prompt": "  "}', "line 1 has no text"),
-        (b'{"prompt": 7}', "line 1 has no text"),
-        (b'{"text": "a"}', r"found text\): set data.train_prompts.field"),
-        (b"{}", "found nothing"),
-        (b'{"messages": []}', "'messages' must be"),
-        (b'{"messages": "hi"}', "'messages' must be"),
-        (b'{"messages": [{"role": "user"}]}', "'messages' must be"),
-        (b'{"messages": [{"role": 1, "content": "a"}]}', "'messages' must be"),
-        (b"\xff\xfe{}", "UTF-8"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path: Path, content: bytes, message: str) -> None:
-    path = tmp_path / "prompts.jsonl"
-    path.write_bytes(content)
-    with pytest.raises(PromptError, match=message):
-        JsonlPrompts(str(path))
-
-
-def test_a_missing_file() -> None:
-    with pytest.raises(PromptError, match="No prompt file nowhere.jsonl"):
-        JsonlPrompts("nowhere.jsonl")
-
-
 def test_lists_are_shuffled_anew_each_round() -> None:
     source = ListedPrompts([[{"role": "user", "content": str(i)}] for i in range(20)], seed=1)
     rounds = [[int(source.messages(r * 20 + i)[0]["content"]) for i in range(20)] for r in range(2)]

@@ -8,7 +8,6 @@ from pathlib import Path
 import pytest
 
 from draftopd.data.reasoning import problem
-from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import JsonlBenchmark, ReasoningBenchmark
 
 
@@ -46,20 +45,3 @@ def test_jsonl_keeps_the_files_order_and_knows_no_answer(tmp_path: Path) -> None
     assert [e.messages[0]["content"] for e in (first, second)] == ["one", "two"]
     assert first.solved("1") is None
     assert JsonlBenchmark(str(path), "question", name="ours").examples()[0].id == "ours-0"
-
-
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        (None, "No prompt file .*mine.jsonl.*benchmark.path=FILE"),
-        ("", "holds no prompts"),
-        ('{"text": "a"}', "set benchmark.field"),
-        ('{"prompt": "a"}\n{', "line 2 is not JSON"),
-    ],
-)
-def test_a_file_that_cannot_be_used(tmp_path: Path, content: str | None, message: str) -> None:
-    path = tmp_path / "mine.jsonl"
-    if content is not None:
-        path.write_text(content)
-    with pytest.raises(PromptError, match=message):
-        JsonlBenchmark(str(path)).examples()

@@ -18,7 +18,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.load import load_drafter
-from draftopd.errors import DrafterError, FileError, TargetError
+from draftopd.errors import DrafterError, TargetError
 from draftopd.interop.__main__ import main, read_training_checkpoint
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
@@ -264,25 +264,6 @@ class TestEagle3:
             load_drafter(public)
 
 
-@pytest.mark.parametrize(
-    ("change", "message"),
-    [
-        ({"speculators_model_type": "eagle3"}, "expected an MTPDraftModel"),
-        ({"num_nextn_predict_layers": 2}, "has 2 layers"),
-        ({"transformer_layer_config": {"model_type": "qwen3_next"}}, "qwen3_next layers, expected qwen3"),
-        ({"speculators_config": {}}, "lacks or garbles"),
-    ],
-)
-def test_mtp_heads_that_do_not_fit(
-    change: dict, message: str, target: Target, make_any: MakeDrafter, tmp_path: Path
-) -> None:
-    make_any("mtp", target).save(tmp_path)
-    raw = json.loads((tmp_path / "config.json").read_text()) | change
-    (tmp_path / "config.json").write_text(json.dumps(raw))
-    with pytest.raises(DrafterError, match=message):
-        load_drafter(tmp_path)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("drafts", ["dflash", "eagle3", "mtp"])
 def test_a_running_trainings_checkpoint(
@@ -305,17 +286,6 @@ def test_a_running_trainings_checkpoint(
     assert (tmp_path / "again" / "config.json").read_text() == (run / "drafter" / "config.json").read_text()
 
 
-@pytest.mark.parametrize("content", [b"not a checkpoint", b""])
-def test_files_that_are_no_checkpoints(content: bytes, tmp_path: Path) -> None:
-    path = tmp_path / "last.ckpt"
-    path.write_bytes(content)
-    with pytest.raises(FileError, match="no checkpoint of a training run"):
-        read_training_checkpoint(path)
-    torch.save({"state_dict": {}}, path)
-    with pytest.raises(FileError, match="no checkpoint of a training run"):
-        read_training_checkpoint(path)
-
-
 def test_a_target_that_scales_its_embeddings_is_refused(
     target_dirs: dict[str, Path], make_any: MakeDrafter, tmp_path: Path
 ) -> None:
@@ -324,20 +294,6 @@ def test_a_target_that_scales_its_embeddings_is_refused(
     with pytest.raises(DrafterError, match="scales its embeddings.*public format"):
         write_speculators(make_any("dflash", target), tmp_path / "out", files, "x")
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("content", ["{", "[]"])
-def test_a_target_config_that_is_none(content: str, tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(content)
-    with pytest.raises(TargetError, match="cannot be read|no JSON object"):
-        TargetFiles(str(tmp_path))
-
-
-def test_damaged_target_weights_are_named(target_dirs: dict[str, Path], tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text((target_dirs["llama"] / "config.json").read_text())
-    (tmp_path / "model.safetensors").write_bytes((target_dirs["llama"] / "model.safetensors").read_bytes()[:900])
-    with pytest.raises(TargetError, match="cannot be read"):
-        TargetFiles(str(tmp_path)).embedding()
 
 
 def test_an_output_that_cannot_be_written(tmp_path: Path) -> None:
@@ -355,7 +311,7 @@ def test_an_index_that_names_other_places(name: object, target_dirs: dict[str, P
     (tmp_path / "elsewhere.safetensors").write_bytes(weights)
     index = {"weight_map": {"model.embed_tokens.weight": name}}
     (place / "model.safetensors.index.json").write_text(json.dumps(index))
-    with pytest.raises(TargetError, match="lies outside of it|names no file"):
+    with pytest.raises(TargetError, match="only safetensors files beside it are read"):
         TargetFiles(str(place)).embedding()
 
 

@@ -164,7 +164,7 @@ def test_shards_of_another_layout(tmp_path: Path) -> None:
 
 
 def test_no_buffer_at_all(tmp_path: Path) -> None:
-    with pytest.raises(BufferError, match="run a rollout first"):
+    with pytest.raises(BufferError, match="roll out first"):
         AnchorBuffer.latest(tmp_path)
 
 

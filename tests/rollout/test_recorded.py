@@ -59,36 +59,6 @@ def test_long_prompts_are_counted(tmp_path: Path, make_request: MakeRequest) -> 
         flat(source, make_request(max_prompt_tokens=3))
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("{", "line 2 is not JSON"),
-        (b"\xff\xfe", "line 2 is not JSON"),
-        ("[1]", "line 2 holds a list, expected an object"),
-        ('{"token_ids": [1]}', "no token ids under 'prompt_token_ids' .found token_ids.*trajectories.prompt_field"),
-        ('{"prompt_token_ids": [], "token_ids": [1]}', "under 'prompt_token_ids' .it must be a list"),
-        ('{"prompt_token_ids": [1], "token_ids": "text"}', "under 'token_ids' .it must be a list"),
-        ('{"prompt_token_ids": [1], "token_ids": [1.5]}', "under 'token_ids' .it must be a list"),
-        ('{"prompt_token_ids": [1], "token_ids": [true]}', "under 'token_ids' .it must be a list"),
-        ('{"prompt_token_ids": [1], "token_ids": [64]}', "ids from 64 to 64, but the target's vocabulary has 64"),
-        ('{"prompt_token_ids": [-1], "token_ids": [1]}', "another tokenizer"),
-    ],
-)
-def test_bad_rows_are_named(line: str | bytes, message: str, tmp_path: Path, make_request: MakeRequest) -> None:
-    path = tmp_path / "texts.jsonl"
-    path.write_bytes(b"\n" + (line if isinstance(line, bytes) else line.encode()) + b"\n")
-    with pytest.raises(PromptError, match=f"{path.name}.*{message}"):
-        flat(JsonlTrajectories(str(path)), make_request(places=range(1)))
-
-
-def test_files_that_are_not_there_or_empty(tmp_path: Path) -> None:
-    with pytest.raises(PromptError, match="No such file.*name a JSON-lines file"):
-        JsonlTrajectories(str(tmp_path / "nothing.jsonl"))
-    (tmp_path / "empty.jsonl").write_text("\n \n")
-    with pytest.raises(PromptError, match="holds no trajectories"):
-        JsonlTrajectories(str(tmp_path / "empty.jsonl"))
-
-
 def test_another_models_texts_are_refused(tmp_path: Path, make_request: MakeRequest) -> None:
     request = make_request()
     foreign = [Trajectory(t.prompt, [(x + 7) % 60 for x in t.response]) for t in texts_of(request)]

@@ -57,8 +57,9 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         sys.exit(f"Error: {str(error).splitlines()[0]}")
     except InstantiationException as error:
         # A part refused its arguments: what it said is the cause, Hydra's wrapping is not for users.
-        if isinstance(error.__cause__, DraftOPDError | ValueError):
-            sys.exit(f"Error: {error.__cause__}")
+        cause = error.__cause__
+        if isinstance(cause, DraftOPDError | ValueError) or type(cause).__name__ == "MisconfigurationException":
+            sys.exit(f"Error: {cause}")
         raise
     except DraftOPDError as error:
         sys.exit(f"Error: {error}")
@@ -80,6 +81,7 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
 def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
     """What is wrong with the overrides, or None."""
     from draftopd.cli.nearest import nearest
+    from draftopd.cli.secrets import exposed
 
     groups = {path.name for path in configs.iterdir() if path.is_dir()}
     chosen = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
@@ -113,6 +115,9 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
                     return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
                 if key not in known:
                     return f"{key} is no configuration key: {nearest(key, known | groups)}"
+            problem = exposed(compose(name, overrides))
+            if problem:
+                return problem
             whole = compose(name, overrides, return_hydra_config=True)
             return _unwritable(Path(whole.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
@@ -120,7 +125,6 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
         return re.sub(r"\s+", " ", " ".join(lines[:2]))
     finally:
         GlobalHydra.instance().clear()
-    return None
 
 
 def _unwritable(directory: Path) -> str | None:

@@ -72,15 +72,18 @@ def check_value(value: Any, hint: Any, path: str) -> None:
             expected = " ".join(e["ctx"]["expected"] for e in error.errors() if e["type"] == "literal_error")
             choices = [text or number for text, number in re.findall(r"'([^']*)'|\b(\d+)\b", expected)]
             raise ConfigError(f"{path}={value} does not exist: {nearest(str(value), choices)}") from error
-        raise ConfigError(f"{path}={value!r} does not fit{wanted}: {first['msg']}.") from error
+        expected = "expected more values" if first["type"] == "missing" else first["msg"]
+        raise ConfigError(f"{path}={value!r} does not fit{wanted}: {expected}.") from error
     # The part gets the value as written, not as converted: the text "no" would count as true.
     as_written = type(fitted) is type(value) or (isinstance(fitted, float) and type(value) is int)
     if isinstance(fitted, int | float) and not as_written:
         raise ConfigError(f"{path}={value!r} does not fit{wanted}: write {str(fitted).lower()}.")
 
 
-def _locate(name: str, path: str) -> Callable[..., Any]:
+def _locate(name: Any, path: str) -> Callable[..., Any]:
     """The object a dotted name points to, attributes of classes included."""
+    if not isinstance(name, str):
+        raise ConfigError(f"{path}._target_={name!r} names nothing that can be imported: write a dotted name.")
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -91,6 +94,8 @@ def _locate(name: str, path: str) -> Callable[..., Any]:
             for part in parts[cut:]:
                 found = getattr(found, part)
         except AttributeError:
+            break
+        if not callable(found):
             break
         return found
     raise ConfigError(f"{path}._target_={name} names nothing that can be imported: check the spelling.")

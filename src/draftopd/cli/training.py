@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import lightning as L
 import transformers
@@ -18,7 +18,8 @@ from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
+from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.callbacks.draft_viewer import DraftViewer
@@ -26,6 +27,7 @@ from draftopd.callbacks.last_checkpoint import LastCheckpoint
 from draftopd.callbacks.progress import rollout_progress
 from draftopd.callbacks.refresh_anchors import RefreshAnchors
 from draftopd.checkpoints import CheckpointFiles, newest_whole
+from draftopd.cli.check import check, check_value
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
 from draftopd.cli.watch import watched
@@ -52,6 +54,7 @@ def run(config: DictConfig) -> TrainingReport:
         DraftOPDError: with one clear message, for anything the user can mend.
     """
     began = time.perf_counter()
+    check_values(config)
     _quiet()
     directory = Path(HydraConfig.get().runtime.output_dir)
     earlier = finished(directory, config)
@@ -144,6 +147,18 @@ def finished(directory: Path, config: DictConfig) -> TrainingReport | None:
         return TrainingReport(**read_json(directory / "report.json", FORMAT)) if same else None
     except (OSError, FileError):
         return None
+
+
+def check_values(config: DictConfig) -> None:
+    """Names, types and ranges of the values that no part is made with by Hydra.
+
+    Raises:
+        ConfigError: naming the one that does not fit.
+    """
+    target = f"{DraftModule.__module__}.{DraftModule.__qualname__}"
+    values: Any = OmegaConf.to_container(config.module, resolve=True)
+    check({"_target_": target, **values}, "module")
+    check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
 
 
 def first_texts(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -13,6 +12,8 @@ from transformers import PreTrainedTokenizerBase
 from draftopd.data.order import RoundOrder
 from draftopd.data.reasoning import Split, problem
 from draftopd.errors import PromptError
+from draftopd.json_text import MAX_LINE, is_text, listed, parse_json, shown
+from draftopd.targets.hub import limit_waiting
 
 #: One conversation in the chat template's form.
 Messages = list[dict[str, str]]
@@ -107,24 +108,37 @@ def read_rows(path: Path, group: str) -> Iterator[tuple[str, dict[str, Any]]]:
     Raises:
         PromptError: naming file, line and what is wrong with it.
     """
-    try:
-        # Not splitlines: a text may hold other separators.
-        lines = path.read_text(encoding="utf-8").split("\n")
-    except FileNotFoundError as error:
-        raise PromptError(f"No prompt file {path}: name a JSON-lines file ({group}.path=FILE).") from error
-    except (OSError, UnicodeDecodeError) as error:
-        raise PromptError(f"The prompt file {path} cannot be read as UTF-8 text: {error}.") from error
-    for number, line in enumerate(lines, start=1):
+    for number, line in enumerate(_lines(path, group), start=1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"
+        if len(line) > MAX_LINE:
+            raise PromptError(f"{where} is longer than {MAX_LINE} bytes: write one object a line, one prompt each.")
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise PromptError(f"{where} is not JSON ({error.msg}): write one object a line.") from error
+            row = parse_json(line)
+        except UnicodeDecodeError as error:
+            raise PromptError(f"{where} is no UTF-8 text ({error.reason}): save the file as UTF-8.") from error
+        except ValueError as error:
+            raise PromptError(
+                f"{where} is not JSON ({getattr(error, 'msg', error)}): write one object a line."
+            ) from error
         if not isinstance(row, dict):
-            raise PromptError(f"{where} holds a {type(row).__name__}, expected an object.")
+            raise PromptError(f"{where} holds a {type(row).__name__}, expected an object: write one object a line.")
         yield where, row
+
+
+def _lines(path: Path, group: str) -> Iterator[bytes]:
+    """The file's lines, none of them read further than a line may be long."""
+    try:
+        with path.open("rb") as file:
+            while line := file.readline(MAX_LINE + 1):
+                yield line
+    except FileNotFoundError as error:
+        raise PromptError(f"No prompt file {path}: name a JSON-lines file ({group}.path=FILE).") from error
+    except (OSError, ValueError) as error:
+        raise PromptError(
+            f"The prompt file {shown(str(path))} cannot be read ({error}): name a JSON-lines file ({group}.path=FILE)."
+        ) from error
 
 
 def _messages(row: dict[str, Any], field: str, where: str, group: str) -> Messages:
@@ -133,19 +147,14 @@ def _messages(row: dict[str, Any], field: str, where: str, group: str) -> Messag
         good = (
             isinstance(messages, list)
             and messages
-            and all(
-                isinstance(m, dict) and isinstance(m.get("role"), str) and isinstance(m.get("content"), str)
-                for m in messages
-            )
+            and all(isinstance(m, dict) and is_text(m.get("role")) and is_text(m.get("content")) for m in messages)
         )
         if not good:
             raise PromptError(f"{where}: 'messages' must be a list of objects with text 'role' and 'content'.")
         return [{"role": m["role"], "content": m["content"]} for m in messages]
     text = row.get(field)
-    if not isinstance(text, str) or not text.strip():
-        raise PromptError(
-            f"{where} has no text under {field!r} (found {', '.join(row) or 'nothing'}): set {group}.field."
-        )
+    if not isinstance(text, str) or not text.strip() or not is_text(text):
+        raise PromptError(f"{where} has no text under {field!r} (found {listed(row)}): set {group}.field.")
     return [{"role": "user", "content": text}]
 
 
@@ -155,6 +164,7 @@ def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
     except ImportError as error:
         raise PromptError("Hub datasets need the datasets package: pip install datasets.") from error
     path, field = source["path"], source["field"]
+    limit_waiting()
     try:
         rows = load_dataset(path, source.get("name"), split=source.get("split", "train"))
     except Exception as error:
@@ -188,10 +198,20 @@ class PromptEncoder:
         self.tokenizer, self.thinking, self.max_tokens = tokenizer, thinking, max_tokens
 
     def encode(self, messages: Messages) -> list[int]:
-        """Token ids up to and including the assistant's opening."""
-        encoded = self.tokenizer.apply_chat_template(
-            messages, add_generation_prompt=True, enable_thinking=self.thinking, return_dict=True
-        )
+        """Token ids up to and including the assistant's opening.
+
+        Raises:
+            PromptError: if the template refuses the conversation.
+        """
+        try:
+            encoded = self.tokenizer.apply_chat_template(
+                messages, add_generation_prompt=True, enable_thinking=self.thinking, return_dict=True
+            )
+        except Exception as error:  # the template is the target's own program
+            raise PromptError(
+                f"The chat template of {self.tokenizer.name_or_path} fails ({shown(str(error))}) on a conversation "
+                f"that begins {shown(messages[0]['content'], 60)!r}: mend the roles of its messages, or the template."
+            ) from error
         return list(encoded["input_ids"])
 
     def take(self, source: PromptSource, places: range) -> list[list[int]]:

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import lightning as L
 import torch
+from pydantic import NonNegativeInt, PositiveInt
 from torch.nn.utils.rnn import pad_sequence
 from torch.utils.data import DataLoader, Dataset, Sampler
 from transformers import PreTrainedTokenizerBase
@@ -230,22 +231,22 @@ class ReplayDataModule(L.LightningDataModule):
         self,
         train_prompts: PromptSource,
         validation_prompts: PromptSource,
-        prompts_per_refresh: int,
-        validation_count: int,
-        batch_size: int = 16,
+        prompts_per_refresh: PositiveInt,
+        validation_count: PositiveInt,
+        batch_size: PositiveInt = 16,
         anchors: AnchorChoice = "visited",
-        anchors_per_sequence: int | None = 64,
-        batches_per_epoch: int | None = None,
-        validation_batch_size: int = 64,
+        anchors_per_sequence: PositiveInt | None = 64,
+        batches_per_epoch: PositiveInt | None = None,
+        validation_batch_size: PositiveInt = 64,
         thinking: bool = True,
-        max_prompt_tokens: int = 512,
+        max_prompt_tokens: PositiveInt = 512,
         seed: int = 0,
         pack_to: int | None = None,
         test_prompts: PromptSource | None = None,
-        test_count: int = 0,
+        test_count: NonNegativeInt = 0,
     ) -> None:
         super().__init__()
-        if test_count < 0 or (test_count and test_prompts is None):
+        if test_count and test_prompts is None:
             raise ValueError(f"data.test_count={test_count} needs data.test_prompts; 0 tests nothing.")
         self.test_count = test_count
         if pack_to is not None and pack_to < 1:

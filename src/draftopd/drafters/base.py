@@ -30,6 +30,9 @@ from draftopd.targets.target import Target
 #: drafter calls it once a block; an autoregressive one once a slot, and goes on from the token it gets.
 Chooser = Callable[[Tensor], Tensor]
 
+#: Longest block: a larger number is a mistake, and would only take memory.
+MOST_BLOCK = 1024
+
 
 class Draft(NamedTuple):
     """States ``hidden [batch, A, K, hidden]`` before the LM head, proposals ``tokens [batch, A, K]``."""
@@ -211,6 +214,10 @@ class Drafter(nn.Module, ABC):
             raise DrafterError(
                 f"block_size {self.block_size} proposes nothing: a block is the anchor plus at least one "
                 "proposal, use 2 or more."
+            )
+        if self.block_size > MOST_BLOCK:
+            raise DrafterError(
+                f"block_size {self.block_size} is more than any drafter's: use {MOST_BLOCK} or less, or another one."
             )
         names = ("hidden size", "vocabulary", "number of target layers")
         its = TargetShape(target.hidden_size, target.vocab_size, target.num_layers)

@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -18,7 +19,7 @@ from typing_extensions import Self
 from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View, uses_flex
 from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
@@ -131,13 +132,13 @@ class DFlashDrafter(Drafter):
         tokenizer: PreTrainedTokenizerBase,
         texts: object = None,
         checkpoint: str | None = None,
-        num_layers: int = 5,
+        num_layers: PositiveInt = 5,
         block_size: int | None = None,
         default_block_size: int = 16,
         mask_token_id: int | None = None,
         target_layer_ids: list[int] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
     ) -> Self:
         """The drafter of a checkpoint, or a fresh one, checked against the target.
 
@@ -159,9 +160,7 @@ class DFlashDrafter(Drafter):
     ) -> Self:
         refuse_others(raw, tensors, where)
         config, extras = parse_config(raw, where)
-        drafter = cls(config, **extras)
-        fill(drafter, tensors, where)
-        return drafter
+        return filled(lambda: cls(config, **extras), tensors, config.num_hidden_layers, where)
 
     def describe(self) -> dict[str, Any]:
         return describe(self)

@@ -11,8 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen3Config
 
-from draftopd.drafters.checkpoint import layer_fields, parse_layers
+from draftopd.drafters.checkpoint import architecture_of, layer_fields, parse_layers
 from draftopd.errors import DrafterError
+from draftopd.json_text import shown, whole
 
 if TYPE_CHECKING:
     from draftopd.drafters.dflash import DFlashDrafter
@@ -27,7 +28,7 @@ def refuse_others(raw: dict[str, Any], tensors: Iterable[str], where: str) -> No
     Raises:
         DrafterError: if it is any.
     """
-    architecture = (raw.get("architectures") or ["?"])[0]
+    architecture = architecture_of(raw)
     if architecture != ARCHITECTURE:
         raise DrafterError(
             f"{where} holds a {architecture}, expected a {ARCHITECTURE}: use another drafter= group, or bring it "
@@ -35,7 +36,9 @@ def refuse_others(raw: dict[str, Any], tensors: Iterable[str], where: str) -> No
         )
     unusual = sorted(n for n in tensors if "qkv_proj" in n or "g_proj" in n or "aux_hidden_norms" in n)
     if unusual:
-        raise DrafterError(f"{where} is a DFlash variant with {unusual[:4]}, which this drafter does not have.")
+        raise DrafterError(
+            f"{where} is a DFlash variant with {unusual[:4]}, which this drafter does not have: name another."
+        )
 
 
 def parse_config(raw: dict[str, Any], where: str) -> tuple[Qwen3Config, dict[str, Any]]:
@@ -47,13 +50,17 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[Qwen3Config, dict[str
     dflash = raw.get("dflash_config") or {}
     try:
         extras = {
-            "block_size": int(raw["block_size"] if "block_size" in raw else dflash["block_size"]),
-            "target_layer_ids": tuple(int(i) for i in dflash["target_layer_ids"]),
-            "mask_token_id": int(dflash["mask_token_id"]),
-            "num_target_layers": int(raw["num_target_layers"]),
+            "block_size": whole(raw["block_size"] if "block_size" in raw else dflash["block_size"]),
+            "target_layer_ids": tuple(whole(i) for i in dflash["target_layer_ids"]),
+            "mask_token_id": whole(dflash["mask_token_id"]),
+            "num_target_layers": whole(raw["num_target_layers"]),
         }
+        if not extras["target_layer_ids"]:
+            raise ValueError("target_layer_ids, which is empty")
     except (KeyError, TypeError, ValueError) as error:
-        raise DrafterError(f"config.json of {where} lacks or garbles {error}: expected the DFlash fields.") from error
+        raise DrafterError(
+            f"config.json of {where} lacks or garbles {shown(str(error))}: expected the DFlash fields, copy it again."
+        ) from error
     return parse_layers(Qwen3Config, raw, where), extras
 
 

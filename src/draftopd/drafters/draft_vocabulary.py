@@ -17,12 +17,17 @@ def frequent_tokens(texts: Iterable[list[int]], size: int, vocab_size: int) -> T
     """The ``size`` token ids that are most frequent in the texts, ascending; ties go to the smaller id.
 
     Raises:
-        DrafterError: if the size lies outside the vocabulary, or there is no text to count.
+        DrafterError: if the size or a token lies outside the vocabulary, or there is no text to count.
     """
     if not 0 < size <= vocab_size:
         raise DrafterError(f"draft_vocab_size must lie between 1 and the target's {vocab_size}, found {size}.")
     counts = torch.zeros(vocab_size, dtype=torch.long)
     for text in texts:
+        if text and not 0 <= min(text) <= max(text) < vocab_size:
+            raise DrafterError(
+                f"A text holds ids from {min(text)} to {max(text)}, but the target's vocabulary has {vocab_size}: use "
+                "texts of this target."
+            )
         counts += torch.bincount(torch.tensor(text, dtype=torch.long), minlength=vocab_size)
     total = int(counts.sum())
     if total == 0:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import LlamaConfig, PreTrainedTokenizerBase
 from transformers.models.llama.modeling_llama import LlamaMLP, LlamaRMSNorm, LlamaRotaryEmbedding
@@ -19,7 +20,7 @@ from typing_extensions import Self
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
 from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.drafters.eagle3_format import describe, parse_config, refuse_others, usual_layers
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
@@ -92,7 +93,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         if self.target_hidden_size != size and not own_embedding:
             raise DrafterError(
                 f"An EAGLE-3 drafter of hidden size {size} for a target of {self.target_hidden_size} needs "
-                "embed_tokens.weight of its own, which is missing."
+                "embed_tokens.weight of its own, which is missing: copy it again, or name another."
             )
         self.embed_tokens = nn.Embedding(config.vocab_size, size).requires_grad_(False) if own_embedding else None
         self.fc = nn.Linear(len(self.target_layer_ids) * self.target_hidden_size, size, bias=False)
@@ -149,10 +150,10 @@ class Eagle3Drafter(AutoregressiveDrafter):
         checkpoint: str | None = None,
         block_size: int | None = None,
         default_block_size: int = 8,
-        draft_vocab_size: int | None = None,
+        draft_vocab_size: PositiveInt | None = None,
         target_layer_ids: list[int] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
         norm_before_residual: bool = False,
     ) -> Self:
         """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.
@@ -188,15 +189,16 @@ class Eagle3Drafter(AutoregressiveDrafter):
         if extras["target_layer_ids"] is None:
             extras["target_layer_ids"] = default_target_layers(extras["num_target_layers"])
         own = "embed_tokens.weight" in tensors
-        drafter = cls(config, **extras, own_embedding=own)
-        if drafter.t2d is None:
+        if extras["draft_vocab_size"] == config.vocab_size:
             # A whole vocabulary needs no tables; some checkpoints have them all the same.
             tensors = {n: t for n, t in tensors.items() if n not in ("t2d", "d2t")}
-        fill(drafter, tensors, where)
+        drafter = filled(lambda: cls(config, **extras, own_embedding=own), tensors, 1, where)
         if drafter.t2d is not None and drafter.d2t is not None:
             ids = torch.arange(drafter.draft_vocab_size) + drafter.d2t
             if not torch.equal(ids, drafter.t2d.nonzero()[:, 0]):
-                raise DrafterError(f"The tables t2d and d2t of {where} do not name the same tokens in ascending order.")
+                raise DrafterError(
+                    f"The tables t2d and d2t of {where} do not name the same tokens in ascending order: copy it again."
+                )
         return drafter
 
     def describe(self) -> dict[str, Any]:

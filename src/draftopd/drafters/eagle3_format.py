@@ -13,8 +13,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import LlamaConfig
 
-from draftopd.drafters.checkpoint import layer_fields, parse_layers
+from draftopd.drafters.checkpoint import architecture_of, layer_fields, parse_layers
 from draftopd.errors import DrafterError
+from draftopd.json_text import shown, whole
 
 if TYPE_CHECKING:
     from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -32,7 +33,7 @@ def refuse_others(raw: dict[str, Any], tensors: Iterable[str], where: str) -> No
     Raises:
         DrafterError: if it is any.
     """
-    architecture = (raw.get("architectures") or ["?"])[0]
+    architecture = architecture_of(raw)
     if architecture not in ARCHITECTURES:
         raise DrafterError(
             f"{where} holds a {architecture}, expected a {ARCHITECTURES[0]}: use another drafter= group, or bring it "
@@ -41,9 +42,13 @@ def refuse_others(raw: dict[str, Any], tensors: Iterable[str], where: str) -> No
     options = [name for name in ("fc_norm", "norm_before_fc", "norm_output") if raw.get(name)]
     unusual = sorted(n for n in tensors if "fc_norm" in n or "input_norm" in n or "qkv_proj" in n or "_norm.bias" in n)
     if options or unusual:
-        raise DrafterError(f"{where} is an EAGLE-3 variant with {options + unusual[:4]}, which this drafter has not.")
+        raise DrafterError(
+            f"{where} is an EAGLE-3 variant with {options + unusual[:4]}, which this drafter has not: name another."
+        )
     if raw.get("num_hidden_layers", 1) != 1:
-        raise DrafterError(f"{where} has {raw['num_hidden_layers']} layers; an EAGLE-3 drafter has one.")
+        raise DrafterError(
+            f"{where} has {shown(raw['num_hidden_layers'], 40)} layers; an EAGLE-3 drafter has one: name another."
+        )
 
 
 def parse_config(
@@ -62,17 +67,22 @@ def parse_config(
             raise DrafterError(f"{where} does not say how deep its target is: name the target.")
         taps = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
         if raw.get("eagle_aux_hidden_state_layer_ids"):
-            taps = [int(i) - 1 for i in raw["eagle_aux_hidden_state_layer_ids"]]
-        extras = {
-            "block_size": int(raw.get("block_size", _USUAL_BLOCK_SIZE)),
-            "target_layer_ids": tuple(int(i) for i in taps) if taps else None,
-            "num_target_layers": int(depth),
-            "draft_vocab_size": int(raw.get("draft_vocab_size") or raw["vocab_size"]),
-            "target_hidden_size": int(raw.get("target_hidden_size") or raw["hidden_size"]),
+            taps = [whole(i) - 1 for i in raw["eagle_aux_hidden_state_layer_ids"]]
+        extras: dict[str, Any] = {
+            "block_size": whole(raw.get("block_size", _USUAL_BLOCK_SIZE)),
+            "target_layer_ids": tuple(whole(i) for i in taps) if taps else None,
+            "num_target_layers": whole(depth),
+            "draft_vocab_size": whole(raw.get("draft_vocab_size") or raw["vocab_size"]),
+            "target_hidden_size": whole(raw.get("target_hidden_size") or raw["hidden_size"]),
             "norm_before_residual": bool(raw.get("norm_before_residual", False)),
         }
-    except (KeyError, TypeError, ValueError) as error:
-        raise DrafterError(f"config.json of {where} lacks or garbles {error}: expected the EAGLE-3 fields.") from error
+        for name in ("num_target_layers", "draft_vocab_size", "target_hidden_size"):
+            if extras[name] < 1:
+                raise ValueError(f"{name}, which is {extras[name]}")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise DrafterError(
+            f"config.json of {where} lacks or garbles {shown(str(error))}: expected the EAGLE-3 fields, copy it again."
+        ) from error
     return parse_layers(LlamaConfig, raw, where), extras
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from draftopd.drafters import dflash_format, eagle3_format, mtp_format
 from draftopd.drafters.base import Drafter, HasShape
-from draftopd.drafters.checkpoint import read_checkpoint
+from draftopd.drafters.checkpoint import architecture_of, read_checkpoint
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
@@ -30,7 +30,7 @@ def kind_of(raw: dict[str, Any], where: str) -> type[Drafter]:
     Raises:
         DrafterError: if it is none of these.
     """
-    architecture = (raw.get("architectures") or ["?"])[0]
+    architecture = architecture_of(raw)
     if architecture not in DRAFTERS:
         raise DrafterError(
             f"{where} holds a {architecture}, expected one of {', '.join(DRAFTERS)}: name a drafter's directory, or "

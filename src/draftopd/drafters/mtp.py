@@ -12,6 +12,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from pydantic import PositiveInt
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
@@ -20,7 +21,7 @@ from typing_extensions import Self
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
 from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import fill
+from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
 from draftopd.drafters.mtp_format import OF_THE_TARGET, describe, parse_config
 from draftopd.targets.target import Target
@@ -95,8 +96,8 @@ class MTPDrafter(AutoregressiveDrafter):
         checkpoint: str | None = None,
         block_size: int | None = None,
         default_block_size: int = 4,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
+        intermediate_size: PositiveInt | None = None,
+        num_heads: PositiveInt | None = None,
         from_last_layer: bool = True,
     ) -> Self:
         """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.
@@ -116,9 +117,8 @@ class MTPDrafter(AutoregressiveDrafter):
         cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
     ) -> Self:
         config, extras = parse_config(raw, where)
-        drafter = cls(config, **extras)
-        fill(drafter, {n: t for n, t in tensors.items() if n not in OF_THE_TARGET}, where)
-        return drafter
+        own = {n: t for n, t in tensors.items() if n not in OF_THE_TARGET}
+        return filled(lambda: cls(config, **extras), own, 1, where)
 
     def describe(self) -> dict[str, Any]:
         return describe(self)

@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any
 
 from transformers import Qwen3Config
 
-from draftopd.drafters.checkpoint import layer_fields, parse_layers
+from draftopd.drafters.checkpoint import architecture_of, layer_fields, parse_layers
 from draftopd.errors import DrafterError
+from draftopd.json_text import shown, whole
 
 if TYPE_CHECKING:
     from draftopd.drafters.mtp import MTPDrafter
@@ -30,20 +31,26 @@ def parse_config(raw: dict[str, Any], where: str) -> tuple[Qwen3Config, dict[str
     """
     if raw.get("speculators_model_type") != "mtp":
         raise DrafterError(
-            f"{where} holds a {(raw.get('architectures') or ['?'])[0]}, expected an {ARCHITECTURE}: "
-            "use another drafter= group."
+            f"{where} holds a {architecture_of(raw)}, expected an {ARCHITECTURE}: use another drafter= group."
         )
     layers = raw.get("transformer_layer_config")
     if not isinstance(layers, dict) or layers.get("model_type") != "qwen3":
         kind = layers.get("model_type") if isinstance(layers, dict) else None
-        raise DrafterError(f"{where} is an MTP head of {kind or 'unknown'} layers, expected qwen3.")
+        raise DrafterError(
+            f"{where} is an MTP head of {shown(kind or 'unknown', 60)} layers, expected qwen3: name another."
+        )
     if raw.get("num_nextn_predict_layers", 1) != 1:
-        raise DrafterError(f"{where} has {raw['num_nextn_predict_layers']} layers; an MTP drafter here has one.")
+        raise DrafterError(
+            f"{where} has {shown(raw['num_nextn_predict_layers'], 40)} layers; an MTP drafter here has one: name "
+            "another."
+        )
     try:
-        proposals = int(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
-        depth = int(layers["num_hidden_layers"])
+        proposals = whole(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+        depth = whole(layers["num_hidden_layers"])
     except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DrafterError(f"config.json of {where} lacks or garbles {error}: expected the MTP fields.") from error
+        raise DrafterError(
+            f"config.json of {where} lacks or garbles {shown(str(error))}: expected the MTP fields, copy it again."
+        ) from error
     own = {name: value for name, value in layers.items() if name not in ("layer_types", "num_hidden_layers")}
     config = parse_layers(Qwen3Config, own | {"num_hidden_layers": 1}, where)
     return config, {"block_size": proposals + 1, "num_target_layers": depth}

@@ -6,6 +6,7 @@ each answer of ``/generate``. A second server without speculation gives the spee
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from draftopd.connection import Address, Line
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, ServerError
+from draftopd.json_text import whole
 from draftopd.rollout.server_answers import completion_body, generate_body
 
 #: vLLM's counters; the last by block position.
@@ -196,7 +198,10 @@ class _Measured:
 
     def counted(self, name: str, position: str = "") -> float | None:
         key = name, position
-        return self.after[key] - self.before.get(key, 0.0) if key in self.after else None
+        if key not in self.after:
+            return None
+        counted = self.after[key] - self.before.get(key, 0.0)
+        return counted if counted >= 0 else None  # less than before: it was started anew
 
     def tau(self) -> float | None:
         """Tokens a verification yields, by the counters, else by the answers' own counts."""
@@ -235,7 +240,7 @@ class _Server:
                 else:
                     body = completion_body(asking, self.model or "", prompts[place], token_ids=True)
                     answer = line.send("POST", "/v1/completions", body)
-                return place, self._read(answer, time.perf_counter() - began)
+                return place, self._read(answer, asking.max_new_tokens, time.perf_counter() - began)
 
             for answers in line.answers(one, range(len(prompts))):
                 found |= dict(answers)
@@ -255,18 +260,30 @@ class _Server:
             return totals  # another page than the engines'
         for sample in samples:
             name = sample.name.removesuffix("_total")
-            if name in (DRAFTS, ACCEPTED, BY_POSITION):
+            if math.isfinite(sample.value) and name in (DRAFTS, ACCEPTED, BY_POSITION):
                 key = name, sample.labels.get("position", "")
                 totals[key] = totals.get(key, 0.0) + sample.value
         return totals
 
-    def _read(self, answer: Any, seconds: float) -> Answered:
+    def _read(self, answer: Any, most: int, seconds: float) -> Answered:
+        verifications = None
         try:
             if self.api == "sglang_generate":
-                meta = answer["meta_info"]
-                ids = tuple(answer["output_ids"])
-                return Answered(ids, int(meta["completion_tokens"]), seconds, meta.get("spec_verify_ct"))
-            ids = tuple(answer["choices"][0].get("token_ids") or ())
-            return Answered(ids, int((answer.get("usage") or {}).get("completion_tokens") or len(ids)), seconds)
-        except (KeyError, IndexError, TypeError, ValueError) as error:
+                ids, meta = answer["output_ids"], answer["meta_info"]
+                count = whole(meta["completion_tokens"])
+                if meta.get("spec_verify_ct") is not None:
+                    verifications = whole(meta["spec_verify_ct"])
+            else:
+                ids = answer["choices"][0].get("token_ids") or []
+                count = whole((answer.get("usage") or {}).get("completion_tokens") or len(ids))
+            tokens = tuple(map(whole, ids))
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
             raise ServerError(f"{self.address.root} answers without {error}: is it vLLM or SGLang?") from error
+        # A token may be left out that ended the text, and a verification begun that nobody needed any more.
+        told = 0 <= count <= most and not (tokens and count - len(tokens) not in (0, 1))
+        if not told or not 0 <= (verifications or 0) <= count + 1:
+            raise ServerError(
+                f"{self.address.root} counts {count} tokens in {verifications or 'untold'} verifications, but gives "
+                f"{len(tokens)} of at most {most}: is it vLLM or SGLang, and reached without detours?"
+            )
+        return Answered(tokens, count, seconds, verifications)

@@ -16,6 +16,7 @@ from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.runner import ExampleResults
 from draftopd.files import read_json, replaced, seal, write_json, writing
+from draftopd.json_text import parse_json
 
 log = logging.getLogger(__name__)
 
@@ -87,16 +88,15 @@ class ResultStore:
             if not line:
                 continue
             try:
-                row = json.loads(line)
+                row = parse_json(line)
                 if row.pop("checksum") != seal(row):
                     raise ValueError
+                results = {name: [_turn(turn) for turn in turns] for name, turns in row["results"].items()}
+                self.done[row["benchmark"], row["example"]] = results
             except (ValueError, KeyError, TypeError, AttributeError):
                 left_out += 1
                 continue
             kept.append(line.decode())
-            self.done[row["benchmark"], row["example"]] = {
-                name: [_turn(turn) for turn in turns] for name, turns in row["results"].items()
-            }
         if left_out:
             log.warning("%d lines of %s are damaged or cut off: decoded again.", left_out, self.path)
         with replaced(self.path) as partial:

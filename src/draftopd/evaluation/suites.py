@@ -11,6 +11,8 @@ from typing import Any
 from draftopd.data.prompts import read_rows
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
+from draftopd.json_text import is_text, listed
+from draftopd.targets.hub import limit_waiting
 
 #: Seed of the choice where a suite has more rows than are decoded.
 CHOICE = 42
@@ -31,7 +33,7 @@ class Suite:
         path: a local JSON-lines file in the dataset's schema; None asks the hub.
 
     Raises:
-        PromptError: if there is neither or both of template and turns, or a count below 1.
+        PromptError: if there is neither or both of template and turns, a count below 1, or a template that is none.
     """
 
     def __init__(
@@ -48,9 +50,16 @@ class Suite:
         path: str | None = None,
     ) -> None:
         if (template is None) == (not turns_field):
-            raise PromptError(f"benchmark.{name} needs a template or a turns_field, and not both.")
+            raise PromptError(f"benchmark.{name} needs a template or a turns_field, and not both: leave one out.")
         if count < 1:
             raise PromptError(f"benchmark.{name}.count must be 1 or more, found {count}.")
+        try:
+            parts = [] if template is None else list(string.Formatter().parse(template))
+        except ValueError as error:
+            raise PromptError(
+                f"benchmark.{name}.template is none ({error}): write fields in braces, and other braces twice."
+            ) from error
+        self._names = [field for _, field, _, _ in parts if field]
         self.name, self.dataset, self.subset, self.split = name, dataset, subset, split
         self.template, self.turns_field, self.renamed = template, tuple(turns_field), renamed or {}
         self.id_field, self.count, self.path = id_field, count, path
@@ -71,24 +80,35 @@ class Suite:
 
     def _example(self, row: dict[str, Any], place: int) -> Example:
         where = f"{self.name}, row {place}"
-        name = f"{self.name}-{place}" if self.id_field is None else str(self._field(row, self.id_field, where))
+        name = f"{self.name}-{place}" if self.id_field is None else self._id(row, self.id_field, where)
         if self.template is not None:
-            names = [field for _, field, _, _ in string.Formatter().parse(self.template) if field]
-            text = self.template.format(**{field: self._field(row, field, where) for field in names})
+            text = self.template.format(**{field: self._text(row, field, where) for field in self._names})
             return Example(name, [{"role": "user", "content": text.strip()}])
         field = next((f for f in self.turns_field if f in row), None)
         turns = row[field] if field is not None else None
-        if not (isinstance(turns, list) and turns and all(isinstance(t, str) for t in turns)):
-            raise PromptError(f"{where} has no list of turns under {' or '.join(self.turns_field)}.")
+        if not (isinstance(turns, list) and turns and all(is_text(t) and t.strip() for t in turns)):
+            raise PromptError(
+                f"{where} has no list of turns under {' or '.join(self.turns_field)}: is it this suite's file?"
+            )
         return Example(name, [{"role": "user", "content": turns[0]}], follow_ups=tuple(turns[1:]))
 
     def _field(self, row: dict[str, Any], name: str, where: str) -> Any:
         for candidate in (name, self.renamed.get(name)):
             if candidate in row:
                 return row[candidate]
-        raise PromptError(
-            f"{where} has no field {name!r}, only {', '.join(row) or 'nothing'}: is it this suite's file?"
-        )
+        raise PromptError(f"{where} has no field {name!r}, only {listed(row)}: is it this suite's file?")
+
+    def _text(self, row: dict[str, Any], name: str, where: str) -> str:
+        value = self._field(row, name, where)
+        if not is_text(value):
+            raise PromptError(f"{where} has a {type(value).__name__} under {name!r}, no text: is it this suite's file?")
+        return str(value)
+
+    def _id(self, row: dict[str, Any], name: str, where: str) -> str:
+        value = self._field(row, name, where)
+        if not is_text(value) and type(value) is not int:
+            raise PromptError(f"{where} has a {type(value).__name__} under {name!r}, no name: is it this suite's file?")
+        return str(value)
 
     def _file(self, path: Path) -> list[dict[str, Any]]:
         return [row for _, row in read_rows(path, f"benchmark.{self.name}")]
@@ -98,6 +118,7 @@ class Suite:
             from datasets import load_dataset
         except ImportError as error:
             raise PromptError("Suites from the hub need the datasets package: pip install datasets.") from error
+        limit_waiting()
         try:
             return list(load_dataset(self.dataset, self.subset, split=self.split))
         except Exception as error:

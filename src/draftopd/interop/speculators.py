@@ -23,6 +23,7 @@ from draftopd.drafters.mtp import MTPDrafter
 from draftopd.drafters.mtp_format import describe as describe_mtp
 from draftopd.errors import DrafterError
 from draftopd.interop.target_files import TargetFiles
+from draftopd.json_text import shown, whole
 
 #: Tensors of a DFlash speculator that are the target's, not the drafter's.
 _OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight")
@@ -74,7 +75,7 @@ def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
     raw, tensors = read_checkpoint(directory)
     kind = raw.get("speculators_model_type")
     if not isinstance(raw.get("transformer_layer_config"), dict):
-        raise DrafterError(f"config.json of {directory} has no transformer_layer_config.")
+        raise DrafterError(f"config.json of {directory} has no transformer_layer_config: copy it again.")
     try:
         if kind == "dflash":
             raw = _from_dflash(raw, tensors, target, directory)
@@ -82,9 +83,14 @@ def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
         elif kind == "eagle3":
             raw, tensors = _from_eagle3(raw, tensors, target)
         elif kind != "mtp":
-            raise DrafterError(f"{directory} holds a speculator of type {kind}, expected dflash, eagle3 or mtp.")
-    except (KeyError, IndexError, TypeError, ValueError) as error:
-        raise DrafterError(f"config.json of {directory} lacks or garbles {error}.") from error
+            raise DrafterError(
+                f"{directory} holds a speculator of type {shown(kind, 40)}, expected dflash, eagle3 or mtp: name "
+                "another."
+            )
+    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+        raise DrafterError(
+            f"config.json of {directory} lacks or garbles {shown(str(error))}: copy or export it again."
+        ) from error
     drafter = assemble(raw, tensors, str(directory), target.num_layers)
     drafter.check_fits(target)
     return drafter
@@ -126,14 +132,14 @@ def _from_dflash(
     raw: dict[str, Any], tensors: dict[str, Tensor], target: TargetFiles, directory: Path
 ) -> dict[str, Any]:
     layers = raw["transformer_layer_config"]
-    vocabulary = int(raw.get("draft_vocab_size") or layers["vocab_size"])
+    vocabulary = whole(raw.get("draft_vocab_size") or layers["vocab_size"])
     if vocabulary != layers["vocab_size"] or "d2t" in tensors or "t2d" in tensors:
         raise DrafterError(f"{directory} drafts over a reduced vocabulary of {vocabulary}, which DFlash here does not.")
     if raw.get("sample_from_anchor"):
         raise DrafterError(
             f"{directory} also drafts at the anchor's slot (sample_from_anchor), which DFlash here does not."
         )
-    taps = [int(i) - 1 for i in raw["aux_hidden_state_layer_ids"]]
+    taps = [whole(i) - 1 for i in raw["aux_hidden_state_layer_ids"]]
     if min(taps, default=-1) < 0:
         raise DrafterError(f"{directory} reads the target's embedding (layer id 0), which is no layer's output.")
     return {
@@ -162,7 +168,7 @@ def _from_eagle3(
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     own = ("draft_vocab_size", "target_hidden_size", "norm_before_residual", "eagle_aux_hidden_state_layer_ids")
     variants = ("fc_norm", "norm_before_fc", "norm_output")
-    proposals = int(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+    proposals = whole(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
     config = {
         **raw["transformer_layer_config"],
         **{name: raw[name] for name in (*own, *variants) if raw.get(name) is not None},

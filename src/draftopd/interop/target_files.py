@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +9,9 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from transformers.utils import cached_file
 
-from draftopd.errors import FileError, TargetError
-from draftopd.files import inside
-from draftopd.targets.hub import local_only, resolve, unavailable
+from draftopd.errors import TargetError
+from draftopd.json_text import parse_json, shown, whole
+from draftopd.targets.hub import check_places, local_only, resolve, unavailable
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -30,18 +29,22 @@ class TargetFiles:
     def __init__(self, path: str) -> None:
         self.path = resolve(path)
         try:
-            raw = json.loads(self._file("config.json").read_text(encoding="utf-8"))
-        except ValueError as error:
+            raw = parse_json(self._file("config.json").read_bytes())
+        except (ValueError, OSError) as error:
             raise TargetError(f"config.json of {path} cannot be read: {error}. Copy or download it again.") from error
         if not isinstance(raw, dict):
             raise TargetError(f"config.json of {path} is no JSON object: name a directory in Hugging Face layout.")
         self.architectures: list[str] = raw.get("architectures") or []
         self.config: dict[str, Any] = raw.get("text_config") or raw
         try:
-            self.num_layers = int(self.config["num_hidden_layers"])
-            self.hidden_size, self.vocab_size = int(self.config["hidden_size"]), int(self.config["vocab_size"])
+            self.num_layers = whole(self.config["num_hidden_layers"])
+            self.hidden_size, self.vocab_size = whole(self.config["hidden_size"]), whole(self.config["vocab_size"])
         except KeyError as error:
             raise TargetError(f"config.json of {path} has no {error}: name the target the drafter is for.") from error
+        except (ValueError, TypeError) as error:
+            raise TargetError(
+                f"config.json of {path} does not say how large the target is ({error}): copy or download it again."
+            ) from error
 
     def embedding(self) -> Tensor:
         """``[vocab, hidden]``."""
@@ -58,24 +61,26 @@ class TargetFiles:
         try:
             index = self._file(_INDEX, needed=False)
             if index is not None:
-                places = dict(json.loads(index.read_text(encoding="utf-8"))["weight_map"])
+                places = dict(parse_json(index.read_bytes())["weight_map"])
             else:
                 with safe_open(self._file(_WHOLE), framework="pt") as file:
                     places = dict.fromkeys(file.keys(), _WHOLE)
-        except (SafetensorError, ValueError, KeyError, TypeError) as error:
-            raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
+        except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+            raise TargetError(f"{self.path} cannot be read: {shown(str(error))}. Copy or download it again.") from error
+        check_places(places.values(), self.path)
         return {name: place for name, place in places.items() if name.endswith(ending)}
 
     def _tensor(self, ending: str) -> Tensor:
         found = self._named(ending)
         if len(found) != 1:
-            raise TargetError(f"{self.path} has {len(found)} tensors named *{ending}, expected one.")
+            raise TargetError(
+                f"{self.path} has {len(found)} tensors named *{ending}, expected one: copy or download it again."
+            )
         ((name, place),) = found.items()
         try:
-            inside(Path(self.path), place)
             with safe_open(self._file(place), framework="pt") as file:
                 return file.get_tensor(name)
-        except (SafetensorError, FileError) as error:
+        except (SafetensorError, OSError) as error:
             raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error
 
     def _file(self, name: str, needed: bool = True) -> Any:

@@ -12,7 +12,7 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Callable, Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
 from pathlib import Path
 from types import TracebackType
@@ -21,6 +21,7 @@ from safetensors import SafetensorError
 
 from draftopd.errors import BufferError, FileError
 from draftopd.files import checksum, inside, read_json, sync, write_json, writing
+from draftopd.json_text import shown, whole
 from draftopd.rollout.shards import Shard, write_shard
 
 FORMAT = 3
@@ -173,6 +174,7 @@ class AnchorBuffer:
                         f"{path} is damaged (its checksum differs): delete {self.directory} and roll out again."
                     )
                 shard = Shard(path)
+                shard.check(*_COLUMNS, "prompt_lengths")
                 ends = shard.offsets("tokens")
             except (OSError, SafetensorError, KeyError, ValueError) as error:
                 raise BufferError(
@@ -186,7 +188,10 @@ class AnchorBuffer:
         """The newest complete generation under ``root``."""
         found = sorted(Path(root).glob("generation-*"))
         if not found:
-            raise BufferError(f"No anchor buffer in {root}: run a rollout first (the refresh callback does).")
+            raise BufferError(
+                f"No anchor buffer in {root}: use a run's anchors directory, or roll out first (the refresh callback "
+                "does)."
+            )
         return cls(found[-1])
 
     def __len__(self) -> int:
@@ -194,9 +199,17 @@ class AnchorBuffer:
 
     def __getitem__(self, index: int) -> Recorded:
         shard, row = self._places[index]
-        (prompt_length,) = shard.row("prompt_lengths", row)
+        lengths = shard.row("prompt_lengths", row)
         columns = {name: shard.row(name, row) for name in _COLUMNS}
-        return Recorded(prompt_length=prompt_length, step=self.manifest.step, **columns)
+        size, blocks = len(columns["tokens"]), len(columns["anchors"])
+        fits = len(lengths) == 1 and 0 < lengths[0] <= size and min(columns["tokens"]) >= 0
+        within = all(0 < anchor < size for anchor in columns["anchors"])
+        if not fits or not within or {len(columns["accepted"]), len(columns["emitted"])} != {blocks}:
+            raise BufferError(
+                f"Sequence {index} of {self.directory} is none: its lengths or anchors do not fit its tokens. Delete "
+                f"{self.directory} and roll out again."
+            )
+        return Recorded(prompt_length=lengths[0], step=self.manifest.step, **columns)
 
 
 def read_manifest(directory: Path) -> Manifest:
@@ -207,10 +220,13 @@ def read_manifest(directory: Path) -> Manifest:
     """
     try:
         manifest = Manifest(**read_json(directory / "manifest.json", FORMAT))
-        manifest.shards.items()
-    except (FileError, TypeError, AttributeError) as error:
+        counts = [getattr(manifest, field.name) for field in fields(manifest) if field.name != "shards"]
+        for count in [*counts, *manifest.shards.values()]:
+            if whole(count) < 0:
+                raise ValueError(f"{count} where a count belongs.")
+    except (FileError, ValueError, TypeError, AttributeError) as error:
         raise BufferError(
-            f"{directory} is no whole anchor buffer generation: {error} Delete it and roll out again."
+            f"{directory} is no whole anchor buffer generation: {shown(str(error))} Delete it and roll out again."
         ) from error
     return manifest
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Protocol
 
 import torch
+from pydantic import PositiveInt
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
@@ -58,8 +59,8 @@ class SpeculativeRollout:
 
     def __init__(
         self,
-        batch_size: int = 32,
-        max_new_tokens: int = 256,
+        batch_size: PositiveInt = 32,
+        max_new_tokens: PositiveInt = 256,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -100,7 +101,7 @@ class TargetRollout:
     def __init__(
         self,
         trajectories: Trajectories,
-        max_new_tokens: int = 256,
+        max_new_tokens: PositiveInt = 256,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,
@@ -135,8 +136,8 @@ class DecodeFreeRollout(TargetRollout):
     def __init__(
         self,
         trajectories: Trajectories,
-        batch_size: int = 64,
-        max_new_tokens: int = 256,
+        batch_size: PositiveInt = 64,
+        max_new_tokens: PositiveInt = 256,
         temperature: float = 0.0,
         top_k: int = 0,
         top_p: float = 1.0,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from abc import abstractmethod
 from array import array
 from collections import Counter
@@ -12,7 +11,9 @@ from typing import Any
 
 from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
+from draftopd.json_text import MAX_LINE, listed, parse_json, shown
 from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Request, Trajectories, Trajectory
+from draftopd.targets.hub import limit_waiting
 
 
 class RecordedTrajectories(Trajectories):
@@ -61,7 +62,7 @@ class RecordedTrajectories(Trajectories):
     def _trajectory(self, order: RoundOrder, place: int, request: Request) -> Trajectory | None:
         values, where = self.read(order[place])
         if not isinstance(values, dict):
-            raise PromptError(f"{where} holds a {type(values).__name__}, expected an object.")
+            raise PromptError(f"{where} holds a {type(values).__name__}, expected an object: write one object a line.")
         prompt, response = (
             self._ids(values, name, where, request.target.vocab_size)
             for name in (self.prompt_field, self.response_field)
@@ -75,7 +76,7 @@ class RecordedTrajectories(Trajectories):
         ids = values.get(name)
         whole = isinstance(ids, list) and all(type(i) is int for i in ids)
         if not whole or not ids:
-            found = f"found {', '.join(values)}" if name not in values else "it must be a list of numbers, not empty"
+            found = f"found {listed(values)}" if name not in values else "it must be a list of numbers, not empty"
             raise PromptError(
                 f"{where} has no token ids under {name!r} ({found}): set trajectories.prompt_field and "
                 "trajectories.response_field."
@@ -83,7 +84,7 @@ class RecordedTrajectories(Trajectories):
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise PromptError(
                 f"{where}: {name!r} holds ids from {min(ids)} to {max(ids)}, but the target's vocabulary has "
-                f"{vocabulary}: the texts were recorded with another tokenizer."
+                f"{vocabulary}: the texts were recorded with another tokenizer, use this target's."
             )
         return ids
 
@@ -109,14 +110,19 @@ class JsonlTrajectories(RecordedTrajectories):
         place = 0
         try:
             with self.path.open("rb") as file:
-                for number, line in enumerate(file, start=1):
+                for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
+                    if len(line) > MAX_LINE:
+                        raise PromptError(
+                            f"{path}, line {number} is longer than {MAX_LINE} bytes: write one text a line."
+                        )
                     if line.strip():
                         self._starts.append(place)
                         self._numbers.append(number)
                     place += len(line)
-        except OSError as error:
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
             raise PromptError(
-                f"The trajectories {path} cannot be read ({error.strerror}): name a JSON-lines file."
+                f"The trajectories {shown(path)} cannot be read ({reason}): name a JSON-lines file."
             ) from error
         if not self._starts:
             raise PromptError(f"{path} holds no trajectories: give at least one.")
@@ -129,8 +135,8 @@ class JsonlTrajectories(RecordedTrajectories):
         try:
             with self.path.open("rb") as file:
                 file.seek(self._starts[index])
-                return json.loads(file.readline().decode("utf-8")), where
-        except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+                return parse_json(file.readline()), where
+        except (OSError, ValueError) as error:
             raise PromptError(f"{where} is not JSON ({error}): write one object a line.") from error
 
 
@@ -161,6 +167,7 @@ class DatasetTrajectories(RecordedTrajectories):
             from datasets import load_dataset
         except ImportError as error:
             raise PromptError("Datasets of trajectories need the datasets package: pip install datasets.") from error
+        limit_waiting()
         try:
             self.rows = load_dataset(path, name, split=split, data_files=data_files)
         except Exception as error:

@@ -115,7 +115,9 @@ class ServerTrajectories(GeneratedTrajectories):
             body = completion_body(request, model, text, token_ids=False)
             return from_text(line.send("POST", "/v1/completions", body), prompt, request)
         except AnswerError as error:
-            raise ServerError(f"{self.root} cannot be used: {error}.") from error
+            raise ServerError(
+                f"{self.root} cannot be used: {error}. Check trajectories.url and trajectories.api."
+            ) from error
 
     def _proven(self, request: Request, answers: list[Trajectory | Unproven]) -> list[Trajectory]:
         """The answers whose tokens are sure; the others are counted by reason."""

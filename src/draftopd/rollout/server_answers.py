@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.sampling import Sampling
+from draftopd.json_text import is_text
 from draftopd.rollout.trajectories import Request, Trajectory
 
 #: What a request leaves out a server takes from the model's generation config; Qwen3's has a top_k of 20.
@@ -89,7 +90,9 @@ def from_token_ids(answer: Any, prompt: list[int], request: Request) -> Trajecto
     asked = choice.get("prompt_token_ids")
     if asked is not None and asked != prompt:
         return Unproven("dropped, prompt differs")
-    return _trajectory(prompt, choice["token_ids"], choice.get("finish_reason"), choice.get("stop_reason"), request)
+    counted = _usage(answer).get("completion_tokens")
+    finish, matched = choice.get("finish_reason"), choice.get("stop_reason")
+    return _trajectory(prompt, choice["token_ids"], finish, matched, request, counted)
 
 
 def from_generate(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
@@ -103,7 +106,8 @@ def from_generate(answer: Any, prompt: list[int], request: Request) -> Trajector
         finish = meta["finish_reason"]
         if meta.get("prompt_tokens", len(prompt)) != len(prompt):
             return Unproven("dropped, prompt differs")
-        return _trajectory(prompt, ids, finish["type"], finish.get("matched"), request)
+        counted = meta.get("completion_tokens")
+        return _trajectory(prompt, ids, finish["type"], finish.get("matched"), request, counted)
     except (KeyError, TypeError, AttributeError) as error:
         raise AnswerError("the answer lacks output_ids or meta_info.finish_reason") from error
 
@@ -119,13 +123,13 @@ def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | 
     """
     choice = _choice(answer)
     text, finish = choice.get("text"), choice.get("finish_reason")
-    usage = answer.get("usage") or {}
+    usage = _usage(answer)
     counted, prompted = usage.get("completion_tokens"), usage.get("prompt_tokens")
-    if not isinstance(text, str) or type(counted) is not int or type(prompted) is not int:
+    if not is_text(text) or type(counted) is not int or type(prompted) is not int:
         raise AnswerError("the answer lacks text or usage, without which its tokens cannot be proven")
     if prompted != len(prompt):
         return Unproven("dropped, prompt differs")
-    ids = encode(request.tokenizer, text)
+    ids = encode(request.tokenizer, str(text))
     if str(request.tokenizer.decode(ids)) != text:
         return Unproven("dropped, text does not tokenise back")
     # The text leaves out the stop token that ended it.
@@ -133,7 +137,7 @@ def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | 
         ids = [*ids, int(request.tokenizer.eos_token_id)]
     if len(ids) != counted:
         return Unproven("dropped, token count differs")
-    return _trajectory(prompt, ids, finish, None, request)
+    return _trajectory(prompt, ids, finish, None, request, counted)
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -148,13 +152,25 @@ def _choice(answer: Any) -> dict[str, Any]:
     return choices[0]
 
 
-def _trajectory(prompt: list[int], ids: Any, finish: Any, matched: Any, request: Request) -> Trajectory | Unproven:
+def _usage(answer: Any) -> dict[str, Any]:
+    usage = answer.get("usage")
+    return usage if isinstance(usage, dict) else {}
+
+
+def _trajectory(
+    prompt: list[int], ids: Any, finish: Any, matched: Any, request: Request, counted: Any
+) -> Trajectory | Unproven:
+    """The text of ``ids``; ``matched`` is the stop token that ended it, ``counted`` its tokens if the server says."""
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
         raise AnswerError("the answer's token ids are no list of numbers")
     if finish not in ("stop", "length"):
-        return Unproven(f"dropped, ended by {finish}")
-    if finish == "stop" and matched in request.stop and (not ids or ids[-1] != matched):
+        known = finish in ("abort", "error", "content_filter", "tool_calls")
+        return Unproven(f"dropped, ended by {finish if known else 'something else'}")
+    given = len(ids)
+    if finish == "stop" and type(matched) is int and matched in request.stop and (not ids or ids[-1] != matched):
         ids = [*ids, matched]
+    if type(counted) is int and counted not in (given, len(ids)):
+        return Unproven("dropped, token count differs")
     if not ids:
         return Unproven("dropped, empty")
     if not 0 <= min(ids) <= max(ids) < request.target.vocab_size:

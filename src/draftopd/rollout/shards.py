@@ -61,6 +61,24 @@ class Shard:
     def rows(self, name: str) -> int:
         return len(self.offsets(name)) - 1
 
+    def check(self, *columns: str) -> None:
+        """Refuse columns whose offsets do not fit their numbers, or that have different numbers of rows.
+
+        Raises:
+            KeyError, ValueError: naming the column.
+        """
+        for name in columns:
+            try:
+                size, kind = self._file.get_slice(name).get_shape(), self._file.get_slice(name).get_dtype()
+                offsets = self._file.get_tensor(f"{name}_offsets")
+            except SafetensorError as error:
+                raise KeyError(name) from error
+            whole = kind == "I32" and len(size) == 1 and offsets.dtype == torch.int64 and offsets.ndim == 1
+            if not whole or not len(offsets) or offsets[0] != 0 or offsets[-1] != size[0] or (offsets.diff() < 0).any():
+                raise ValueError(f"the rows of {name} do not add up")
+            if len(offsets) != self.rows(columns[0]) + 1:
+                raise ValueError(f"{name} has other rows than {columns[0]}")
+
     def row(self, name: str, index: int) -> list[int]:
         start, end = self.offsets(name)[index : index + 2]
         return self._file.get_slice(name)[start:end].tolist()

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
+from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.generate import Decoder
@@ -169,7 +170,7 @@ class InProcessTrajectories(GeneratedTrajectories):
         compiled: run the decoding steps through torch.compile.
     """
 
-    def __init__(self, store: str, batch_size: int = 64, drafted: bool = True, compiled: bool = False) -> None:
+    def __init__(self, store: str, batch_size: PositiveInt = 64, drafted: bool = True, compiled: bool = False) -> None:
         super().__init__(store)
         self.batch_size, self.drafted, self.compiled = batch_size, drafted, compiled
 

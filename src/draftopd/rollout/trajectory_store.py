@@ -102,6 +102,7 @@ class TrajectoryStore:
             if path.stem.rsplit("-", 1)[-1] != f"{checksum(path):08x}":
                 raise ValueError("its checksum differs")
             shard = Shard(path)
+            shard.check("prompts", "responses")
             keys = [_key(shard.row("prompts", index)) for index in range(shard.rows("prompts"))]
         except (OSError, SafetensorError, KeyError, ValueError) as error:
             log.warning("%s is damaged (%s): its texts are produced again.", path, error)

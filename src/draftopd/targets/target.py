@@ -6,17 +6,33 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
+from copy import deepcopy
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from safetensors import SafetensorError
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
 
 from draftopd.decoding.cache import ContextCache, PositionCache
 from draftopd.errors import TargetError
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import local_only, resolve, unavailable
+from draftopd.targets.hub import (
+    check_index,
+    check_size,
+    check_weights,
+    check_width,
+    local_only,
+    resolve,
+    unavailable,
+)
 from draftopd.targets.masks import LayerMasks, own_block
 from draftopd.targets.packed import within
 
@@ -33,6 +49,22 @@ class Reading(NamedTuple):
 
     hidden: Tensor
     features: Tensor
+
+
+def _parameters(config: PreTrainedConfig, trust_remote_code: bool) -> int:
+    """How many numbers a config's model has; it is made without memory. 0 where it cannot be made so.
+
+    A model that reads its own weights while it is made cannot; the loader has ways around that, and says what is wrong
+    with any other.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(
+                deepcopy(config), attn_implementation="eager", trust_remote_code=trust_remote_code
+            )
+    except Exception:
+        return 0
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 class _EnoughError(Exception):
@@ -95,13 +127,20 @@ class Target(nn.Module):
             "trust_remote_code": trust_remote_code,
             "local_files_only": local_only(path),
         }
+        check_index(path)
         try:
             config = AutoConfig.from_pretrained(path, **options)
+            check_weights(path, config)
+            check_width(path, config.get_text_config())
+            if Path(path).is_dir():
+                check_size(path, _parameters(config, trust_remote_code))
             model, report = AutoModelForCausalLM.from_pretrained(
                 path, config=config, dtype=dtype, device_map=device_map,
-                attn_implementation=attn_implementation, output_loading_info=True, **options,
+                attn_implementation=attn_implementation, output_loading_info=True, use_safetensors=True, **options,
             )  # fmt: skip
-        except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        except TargetError:
+            raise
+        except Exception as error:  # whatever transformers stumbles over in files from elsewhere
             raise TargetError(unavailable(path, error)) from error
         if report["missing_keys"]:
             # transformers only warns, and goes on with random weights.
@@ -337,17 +376,27 @@ def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedToke
     """
     path = resolve(path)
     try:
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=local_only(path)
         )
-    except (OSError, ValueError, KeyError) as error:
+    except Exception as error:  # the tokenizers library knows no other
         raise TargetError(unavailable(path, error)) from error
+    if tokenizer.vocab_size < 2:  # transformers makes one of nothing
+        raise TargetError(f"The target {path} has no tokenizer.json, or an empty one: copy or download it again.")
+    return tokenizer
 
 
 def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The token ids that end a response: the generation config's, and the tokenizer's own."""
+    """The token ids that end a response: the generation config's, and the tokenizer's own.
+
+    Raises:
+        TargetError: if the generation config names something else.
+    """
     found = getattr(target.model.generation_config, "eos_token_id", None)
-    ids = set(found if isinstance(found, list) else [] if found is None else [found])
+    named = found if isinstance(found, list) else [] if found is None else [found]
+    if not all(type(i) is int for i in named):
+        raise TargetError(f"The target's generation_config.json names eos_token_id {named}: write token ids there.")
+    ids = set(named)
     if tokenizer.eos_token_id is not None:
         ids.add(int(tokenizer.eos_token_id))
     return frozenset(ids)

@@ -1,0 +1,173 @@
+"""Configurations and overrides that are wrong, and keys that they would expose."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hydra import compose, initialize_config_dir
+from omegaconf import OmegaConf
+from tests.bad_input.refusing import ADVICE, refused
+from tests.cli.conftest import ROOT
+
+from draftopd.cli.app import _problem
+from draftopd.cli.check import check
+from draftopd.cli.training import check_values
+from draftopd.connection import Address
+from draftopd.drafters.draft_vocabulary import frequent_tokens
+from draftopd.errors import ConfigError, DrafterError
+
+#: Overrides that are refused before Hydra begins, so that nothing of them is written.
+OVERRIDES = {
+    "group option unknown": ("target=qwen3_99b", "target=qwen3_99b does not exist: did you mean 'qwen3_"),
+    "group unknown": ("los=asymmetric_kl", "los is no configuration key: did you mean 'loss"),
+    "group option misspelt": ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
+    "group null": ("logger=null", "write ~logger"),
+    "key misspelt": ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_ep"),
+    "key of the module misspelt": ("module.learning_rat=1", "did you mean 'module.learning_rate'?"),
+    "key of the loss misspelt": ("loss.gama=0.5", "did you mean 'loss.gamma'?"),
+    "no value": ("seed", "'seed' is no override: write KEY=VALUE"),
+    "bracket left open": ("seed=[1", "'seed=[1' cannot be read"),
+    "brace left open": ("data.train_prompts={a: 1", "cannot be read"),
+    "quote left open": ("name='run", "cannot be read"),
+    "key given twice": ("+seed=3", "Could not append to config"),
+    "a key in an address": ("trajectories.url=http://me:hunter2@host:8000", "trajectories.url is an address with a"),
+    "a key for its variable": ("trajectories.api_key_env=sk-hunter2", "trajectories.api_key_env names no environment"),
+    "a key of its own": ("+trajectories.api_key=hunter2", "trajectories.api_key would be written into the run's"),
+    "a token of the hub": ("+target.token=hunter2", "target.token would be written"),
+}  # fmt: skip
+SERVER = ("trajectories=server", "rollout=decode_free")
+
+
+@pytest.mark.parametrize(("override", "message"), OVERRIDES.values(), ids=OVERRIDES)
+def test_overrides(override: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = [*SERVER, override] if override.lstrip("+").startswith("trajectories") else [override]
+    said = _problem(ROOT / "configs", "train", given) or ""
+    assert message in said and "hunter2" not in said and "\n" not in said
+    assert ADVICE.search(said) or "append" in said
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_key_in_the_environment_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("SERVER_KEY", "hunter2")
+    given = [*SERVER, "trajectories.api_key_env=SERVER_KEY", "trajectories.url=http://host:8000/v1/@b"]
+    assert _problem(ROOT / "configs", "train", given) is None
+
+
+NODES: dict[str, tuple[dict[str, Any], str]] = {
+    "option misspelt": ({"_target_": "draftopd.losses.kl.ForwardKL", "gama": 1.0}, "did you mean 'gamma'"),
+    "value of another type": (
+        {"_target_": "draftopd.losses.kl.ForwardKL", "gamma": "x"}, "part.gamma='x' does not fit float",
+    ),
+    "class misspelt": ({"_target_": "draftopd.losses.kl.FowardKL"}, "names nothing that can be imported: check"),
+    "module unknown": ({"_target_": "nowhere.Thing"}, "names nothing"),
+    "_target_ a number": ({"_target_": 5}, "names nothing"),
+    "_target_ a list": ({"_target_": ["os.system"]}, "names nothing"),
+    "_target_ empty": ({"_target_": ""}, "names nothing"),
+    "_target_ no part": ({"_target_": "draftopd.errors"}, "names nothing that can be called|names nothing"),
+    "value missing": ({"_target_": "draftopd.targets.target.Target.load", "path": "???"}, "part.path must be given"),
+    "choice unknown": (
+        {"_target_": "draftopd.losses.asymmetric_kl.AsymmetricKL", "normalization": "both"}, "normalization=both does",
+    ),
+    "truth value a text": ({"_target_": "draftopd.losses.kl.ForwardKL", "gamma": True}, "gamma=True does not fit"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("node", "message"), NODES.values(), ids=NODES)
+def test_nodes(node: dict[str, Any], message: str, tmp_path: Path) -> None:
+    refused(lambda: check({"part": node}), ConfigError, message, tmp_path)
+
+
+VALUES = {
+    "data.batch_size=0": "greater than 0",
+    "data.batch_size=-3": "greater than 0",
+    "data.batch_size=1.5": "data.batch_size=1.5 does not fit int",
+    "data.batch_size=x": "data.batch_size='x' does not fit int",
+    "data.batch_size=null": "data.batch_size=None does not fit int",
+    "data.prompts_per_refresh=0": "greater than 0",
+    "data.validation_count=0": "greater than 0",
+    "data.validation_batch_size=0": "greater than 0",
+    "data.batches_per_epoch=0": "greater than 0",
+    "data.anchors_per_sequence=-1": "greater than 0",
+    "data.max_prompt_tokens=0": "greater than 0",
+    "data.anchors=visted": "did you mean 'visited'",
+    "data.thinking=maybe": "data.thinking='maybe' does not fit bool",
+    "max_new_tokens=0": "rollout.max_new_tokens=0 does not fit int: .*greater than 0",
+    "max_new_tokens=-5": "greater than 0",
+    "rollout.batch_size=0": "rollout.batch_size=0 does not fit int",
+    "rollout.temperature=hot": "rollout.temperature='hot' does not fit float",
+    "rollout.verification=none": "rollout.verification=none does not exist",
+    "drafter.num_layers=0": "drafter.num_layers=0 does not fit int",
+    "drafter.num_heads=-2": "drafter.num_heads=-2 does not fit",
+    "drafter.target_layer_ids=[a]": "drafter.target_layer_ids",
+    "module.learning_rate=0": "module.learning_rate=0 does not fit",
+    "module.learning_rate=-1": "greater than 0",
+    "module.learning_rate=nan": "module.learning_rate=nan does not fit",
+    "module.learning_rate=inf": "module.learning_rate=inf does not fit",
+    "module.learning_rate=fast": "module.learning_rate='fast' does not fit",
+    "module.betas=[0.9]": "module.betas",
+    "module.betas=[0.9,2]": "module.betas",
+    "module.warmup=1.5": "less than or equal to 1",
+    "module.final_rate=-0.5": "greater than or equal to 0",
+    "module.weight_decay=-1": "greater than or equal to 0",
+    "+module.learning_rat=1": "did you mean 'learning_rate'",
+    "seed=-1": "seed=-1 does not fit",
+    "seed=x": "seed='x' does not fit",
+    "seed=99999999999": "seed=99999999999 does not fit",
+    "trainer.max_epochs=abc": "trainer.max_epochs='abc' does not fit",
+    "+trainer.max_epoch=3": "did you mean 'max_epochs'",
+}
+
+
+@pytest.mark.parametrize(("override", "message"), VALUES.items(), ids=VALUES)
+def test_values(override: str, message: str, tmp_path: Path) -> None:
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", [override])
+
+    def all_checks() -> None:
+        for group in ("data", "rollout", "drafter", "trainer", "loss"):
+            check(OmegaConf.to_container(config[group], resolve=True), group)
+        check_values(config)
+
+    refused(all_checks, ConfigError, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"url": "http://me:hunter2@host"}, "trajectories.url holds a user or password"),
+        ({"api_key_env": "hunter2"}, "variable that it names .trajectories.api_key_env. is not set: give the var"),
+        ({"api_key_env": "NO_SUCH_KEY"}, "variable NO_SUCH_KEY"),
+        ({"concurrency": 0}, "must be 1 or more"),
+        ({"attempts": -1}, "must be 1 or more"),
+        ({"timeout": 0.0}, "timeout above 0"),
+        ({"timeout": float("nan")}, "timeout above 0"),
+    ],
+)
+def test_addresses(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+    def make() -> Address:
+        try:
+            return Address(**{"url": "http://host", "group": "trajectories"} | options)
+        except ConfigError as error:
+            assert "hunter2" not in str(error)
+            raise
+
+    refused(make, ConfigError, message, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("texts", "size", "message"),
+    [
+        ([[1]], 0, "must lie between 1 and the target's 64, found 0"),
+        ([[1]], -3, "found -3"),
+        ([[1]], 65, "found 65"),
+        ([], 8, "there are none: leave drafter.draft_vocab_size=null"),
+        ([[]], 8, "there are none"),
+        ([[64]], 8, "ids from 64 to 64.*vocabulary"),
+        ([[-1, 3]], 8, "ids from -1 to 3.*vocabulary"),
+    ],
+)
+def test_draft_vocabularies(texts: list[list[int]], size: int, message: str, tmp_path: Path) -> None:
+    refused(lambda: frequent_tokens(texts, size, 64), DrafterError, message, tmp_path)
