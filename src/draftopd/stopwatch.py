@@ -17,7 +17,7 @@ class Stopwatch:
 
     Args:
         counts: also count the floating-point operations of matrix multiplications and attention, two for each
-            multiplication and addition, into :attr:`operations`. Sections must then not lie within one another.
+            multiplication and addition, into ``operations``. Sections must then not lie within one another.
     """
 
     def __init__(self, counts: bool = False) -> None:

@@ -21,7 +21,7 @@ _NOT_COMPARED = ("logger.", "name", "trajectories.store", "rollout.trajectories.
 class Run(NamedTuple):
     """A run that came to its end.
 
-    ``config``: by dotted key; ``report``: see :class:`~draftopd.cli.report.TrainingReport`; ``tested``: by prompt,
+    ``config``: by dotted key; ``report``: what ``report.json`` holds; ``tested``: by prompt,
     the emitted tokens of each block, empty where nothing was tested.
     """
 
