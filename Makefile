@@ -28,7 +28,7 @@ DOCS_STAMP := $(VENV)/.draftopd-docs
 .DEFAULT_GOAL := help
 # A half-made environment must not count as one.
 .DELETE_ON_ERROR:
-.PHONY: help train test lint typecheck format audit docs fuzz clean
+.PHONY: help train test lint typecheck format audit docs figures fuzz clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -62,6 +62,9 @@ $(VENV)/audit/bin/pip-audit:
 
 fuzz: $(DEV_STAMP) ## Fuzz what reads files and answers from elsewhere: ARGS="--seconds 600"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
+
+figures: $(DEV_STAMP) ## Train, test and draw the main figure and table from scratch (benchmarks/plateau.py)
+	$(BIN)/python benchmarks/plateau.py --from-scratch $(ARGS)
 
 # The variable silences a notice of the theme's about other programs.
 docs: $(DOCS_STAMP) ## Install with the docs extra and build the documentation into site/

@@ -6,7 +6,9 @@
 It is the command `train.py` on the bundled pair, with short epochs: each has a rollout, steps with a checkpoint each,
 and a validation. Another process reads the kernel's figures of it (/proc, so Linux only) every few seconds and ends it
 with SIGTERM. The first sixth of the run, at most ten minutes, is warm-up. Growth of memory (resident set) and of open
-files and threads is that of the median from the first to the last quarter of what follows.
+files and threads is that of the median from the first to the last quarter of what follows. The resident set holds what
+the allocator keeps for later and swings with the length of texts, so the bytes that are in use are asked of it too
+(glibc's ``mallinfo2``), after each rollout and a collection of garbage.
 
 Steps differ in work, and a machine shared with others in pace. So the drift is the slope over time in a least-squares
 fit of the logarithm of a step's processor time, beside the logarithms of the batch's places, of its anchors, and of the
@@ -18,8 +20,11 @@ benchmarks/results/soak.json, the figure to docs/figures/soak.png.
 from __future__ import annotations
 
 import argparse
+import ctypes
+import gc
 import importlib
 import json
+import math
 import os
 import signal
 import statistics
@@ -53,9 +58,29 @@ COUNTED = {
     "validations": "draftopd.module:DraftModule.on_validation_epoch_end",
     "checkpoints": "draftopd.callbacks.last_checkpoint:LastCheckpoint._keep",
 }
+IN_USE = "in_use_mb"
 WATCHED = ("rss_mb", "uss_mb", "open_files", "threads", "directory_mb")
-LIMITED = ("rss_mb", "open_files", "threads")
+LIMITED = (IN_USE, "rss_mb", "open_files", "threads")
 POINTS = 120
+
+
+class _MallInfo(ctypes.Structure):
+    """What glibc's ``mallinfo2`` gives: ten sizes."""
+
+    _fields_ = tuple((f"field_{place}", ctypes.c_size_t) for place in range(10))
+
+
+def in_use() -> float:
+    """MiB that this process has allocated and not freed; NaN where the C library is another."""
+    try:
+        ask = ctypes.CDLL(None).mallinfo2
+    except AttributeError:
+        return math.nan
+    ask.restype = _MallInfo
+    gc.collect()
+    found = ask()
+    # uordblks, within the heaps, and hblkhd, mapped apart.
+    return (found.field_7 + found.field_4) / 2**20
 
 
 def child(trace: Path, overrides: list[str]) -> None:
@@ -70,7 +95,7 @@ def child(trace: Path, overrides: list[str]) -> None:
     def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
             result = function(*args, **kwargs)
-            tell(name)
+            tell(name, *([time.time(), in_use()] if name == "refreshes" else []))
             return result
 
         return call
@@ -120,13 +145,14 @@ def watch(process: int, directory: Path) -> tuple[float, ...]:
     return kilobytes["Rss"] / 1024, own / 1024, len(files), int(status["Threads"]), size / 2**20
 
 
-def soak(minutes: float, every: float, runs: Path) -> tuple[np.ndarray, np.ndarray, Counter[str]]:
+def soak(minutes: float, every: float, runs: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
     """Train so long.
 
     Returns:
         samples: [samples, 1 + watched], seconds since the start first.
         steps: [steps, 7], seconds since the start, epoch, wall and processor seconds, those of the fixed
             computation, the batch's places and anchors.
+        held: [refreshes, 2], seconds since the start and MiB in use after each.
         counts: how often each thing of :data:`COUNTED` was done.
     """
     directory, trace = runs / "run", runs / "trace"
@@ -151,8 +177,10 @@ def soak(minutes: float, every: float, runs: Path) -> tuple[np.ndarray, np.ndarr
         raise SystemExit(f"The run ended with status {status}:\n{(runs / 'log').read_text()[-3000:]}")
     events = [line.split() for line in trace.read_text().splitlines()]
     steps = np.array([[float(word) for word in event[1:]] for event in events if event[0] == "step"])
+    held = np.array([[float(word) for word in event[1:]] for event in events if event[0] == "refreshes"])
     steps[:, 0] -= zero
-    return np.array(samples), steps, Counter(event[0] for event in events if event[0] != "step")
+    held[:, 0] -= zero
+    return np.array(samples), steps, held, Counter(event[0] for event in events if event[0] != "step")
 
 
 def growth(values: np.ndarray) -> float:
@@ -193,7 +221,9 @@ def curve(samples: np.ndarray, steps: np.ndarray) -> dict[str, list[float]]:
     return {name: np.round(column, 2).tolist() for name, column in zip(names, zip(*rows, strict=True), strict=True)}
 
 
-def judge(samples: np.ndarray, steps: np.ndarray, minutes: float, limit: float) -> tuple[dict[str, Any], list[str]]:
+def judge(
+    samples: np.ndarray, steps: np.ndarray, held: np.ndarray, minutes: float, limit: float
+) -> tuple[dict[str, Any], list[str]]:
     """The figures after warm-up, and which limits they exceed."""
     warm = 60 * min(10.0, minutes / 6)
     watched, taken = samples[samples[:, 0] > warm], steps[steps[:, 0] > warm]
@@ -202,6 +232,7 @@ def judge(samples: np.ndarray, steps: np.ndarray, minutes: float, limit: float) 
             "Too short to judge: eight samples and three epochs must follow the warm-up. Give more --minutes."
         )
     grown = {name: growth(watched[:, 1 + i]) for i, name in enumerate(WATCHED)}
+    grown[IN_USE] = growth(held[held[:, 0] > warm, 1])
     hours, slope = (watched[-1, 0] - watched[0, 0]) / 3600, drift(taken)
     exceeded = [f"{name} grew by {grown[name]:.1f} %" for name in LIMITED if grown[name] > limit]
     slower = 100 * ((1 + slope["percent_per_hour"] / 100) ** hours - 1)
@@ -210,7 +241,7 @@ def judge(samples: np.ndarray, steps: np.ndarray, minutes: float, limit: float) 
     figures = {
         "warm_up_minutes": warm / 60, "measured_minutes": 60 * hours, "growth_percent": grown,
         "directory_mb_per_hour": (watched[-1, -1] - watched[0, -1]) / hours,
-        "peak_rss_mb": float(samples[:, 1].max()), "step_time_drift": slope,
+        "peak_rss_mb": float(samples[:, 1].max()), IN_USE: held[:, 1].round(2).tolist(), "step_time_drift": slope,
         "step_cpu_ms": 1000 * statistics.median(taken[:, 3]), "step_wall_ms": 1000 * statistics.median(taken[:, 2]),
     }  # fmt: skip
     return figures, exceeded
@@ -261,8 +292,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         runs = options.runs or Path(folder)
         runs.mkdir(parents=True, exist_ok=True)
-        samples, steps, counts = soak(options.minutes, options.every, runs)
-    figures, exceeded = judge(samples, steps, options.minutes, options.limit)
+        samples, steps, held, counts = soak(options.minutes, options.every, runs)
+    figures, exceeded = judge(samples, steps, held, options.minutes, options.limit)
     content = {
         "steps": len(steps), **counts, "figures": figures, "exceeded": exceeded, "curve": curve(samples, steps)
     }  # fmt: skip
