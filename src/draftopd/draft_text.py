@@ -11,9 +11,10 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.generate import Decoded
 
-#: Style sheet of coloured texts.
+#: Style sheet of coloured texts; text and background are both set, for notebooks and pages of either theme.
 STYLE = """
-.draft { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; background: #fafafa; padding: 0.8rem; }
+.draft { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; padding: 0.8rem; }
+.draft { color: #1a1a1a; background: #fafafa; }
 .draft .block { border-left: 1px solid #bbb; padding-left: 1px; }
 .draft .accepted { background: #cfe8d5; } .draft .emitted { background: #fde2b8; }
 .draft .rejected { color: #a33; text-decoration: line-through; font-size: 0.85em; }
@@ -22,7 +23,7 @@ STYLE = """
 #: What their colours mean, as HTML.
 LEGEND = (
     '<p class="draft"><span class="accepted">accepted proposals</span> <span class="emitted">the target\'s own token: '
-    'correction or bonus</span> <span class="rejected">rejected proposals</span>; a bar begins each block.</p>'
+    'correction or bonus</span> <s class="rejected">rejected proposals</s>; a bar begins each block.</p>'
 )
 
 
@@ -71,12 +72,15 @@ def as_markdown(blocks: Sequence[DraftedBlock]) -> str:
 
 
 def as_html(blocks: Sequence[DraftedBlock]) -> str:
-    """Coloured text; :data:`STYLE` has its colours and :data:`LEGEND` says what they mean."""
+    """Coloured text; :data:`STYLE` has its colours and :data:`LEGEND` says what they mean.
+
+    What was rejected is struck through where no style sheet is kept, too.
+    """
     spans = []
     for block in blocks:
         parts = (
-            f'<span class="{kind}">{html.escape(text)}</span>'
-            for kind, text in zip(block._fields, block, strict=True)
+            f'<{tag} class="{kind}">{html.escape(text)}</{tag}>'
+            for tag, kind, text in zip(("span", "span", "s"), block._fields, block, strict=True)
             if text
         )
         spans.append(f'<span class="block">{"".join(parts)}</span>')

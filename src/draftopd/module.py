@@ -293,9 +293,11 @@ class DraftModule(L.LightningModule):
         self.agreement.reset()
 
     def on_train_epoch_end(self) -> None:
-        for edge, rate in self.by_entropy.compute().items():
-            self.log(f"acceptance_by_target_entropy/from_{edge:g}_nats", rate)
-        self.by_entropy.reset()
+        # An epoch shorter than the logging interval may have measured nothing, on any rank.
+        if self.by_entropy.update_called:
+            for edge, rate in self.by_entropy.compute().items():
+                self.log(f"acceptance_by_target_entropy/from_{edge:g}_nats", rate)
+            self.by_entropy.reset()
 
     @contextmanager
     def drafting(self) -> Iterator[None]:

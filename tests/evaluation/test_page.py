@@ -201,6 +201,9 @@ def test_viewer_stands_by_itself(bundled_tokenizer: PreTrainedTokenizerBase) -> 
     for kind in ("accepted", "emitted", "rejected"):
         assert f".draft .{kind}" in page.all("style")[0]
     assert "correction or bonus" in text and "http" not in text
+    # Readable in a dark notebook, and without the style sheet.
+    assert re.search(r"\.draft \{ color: #1a1a1a; background: #fafafa; \}", text)
+    assert {tag for tag, attributes in page.elements if attributes.get("class") == "rejected"} == {"s"}
 
 
 def test_markdown_of_blocks() -> None:

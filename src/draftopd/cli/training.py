@@ -5,14 +5,12 @@ from __future__ import annotations
 import dataclasses
 import logging
 import time
-import warnings
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
-import transformers
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -37,6 +35,7 @@ from draftopd.errors import ConfigError, FileError
 from draftopd.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.module import DraftModule
+from draftopd.quiet import quiet
 from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.engines import DecodeFreeRollout, Rollout
 from draftopd.rollout.fresh import FreshAnchors
@@ -55,7 +54,7 @@ def run(config: DictConfig) -> TrainingReport:
     """
     began = time.perf_counter()
     check_values(config)
-    _quiet()
+    quiet()
     directory = Path(HydraConfig.get().runtime.output_dir)
     earlier = finished(directory, config)
     if earlier is not None:
@@ -274,15 +273,3 @@ def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.T
     if config.trainer.get("enable_progress_bar", True):
         options["callbacks"].append(RichProgressBar())
     return instantiate(config.trainer, **options, _convert_="partial")
-
-
-def _quiet() -> None:
-    """Silence advice that does not apply here: the loaders read a local buffer and need no workers."""
-    warnings.filterwarnings("ignore", ".*does not have many workers.*")
-    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
-    warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # the target, by design
-    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
-    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
-    transformers.utils.logging.disable_progress_bar()
-    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
-        logging.getLogger(name).setLevel(logging.WARNING)
