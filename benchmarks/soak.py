@@ -263,7 +263,7 @@ def draw(content: dict[str, Any], path: Path) -> None:
             axis.plot(points["minute"], points[key], label=name, linewidth=1.2)
         axis.axvspan(0, warm, color="0.93")
         axis.set(ylabel=label, ylim=(0, None), xlim=(0, None))
-        axis.legend(frameon=False, fontsize=8, loc="lower right")
+        axis.legend(frameon=False, fontsize=8, loc="best")
         axis.spines[["top", "right"]].set_visible(False)
         axis.grid(alpha=0.3)
     for axis in axes[1]:
