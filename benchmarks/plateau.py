@@ -127,6 +127,9 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
         write_csv(rows(runs), file)
     (start,) = find([options.runs / "start"])
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
+    if options.from_scratch:
+        (made,) = find([options.runs / "from_scratch"])
+        content["sft"] = [(0, made.report["tau_before"]), *scalars(made, "val/tau")]
     for kind, epochs in plan.items():
         control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL]).values()]
         for arm in ARMS:
@@ -170,9 +173,13 @@ def scalars(run: Run, name: str) -> list[tuple[int, float]]:
 
 def draw(content: dict[str, Any]) -> None:
     """Validation tau by steps and by operations, test tau with its intervals; and the table."""
-    figure = Figure(figsize=(9, 3.4), layout="constrained")
-    panels = figure.subplots(1, 3, width_ratios=(1, 1, 0.8))
-    left, middle, right = panels
+    widths = [1, 1, 1, 0.8] if "sft" in content else [1, 1, 0.8]
+    figure = Figure(figsize=(3 * len(widths), 3.4), layout="constrained")
+    panels = list(figure.subplots(1, len(widths), width_ratios=widths))
+    *before, left, middle, right = panels
+    for panel in before:
+        panel.plot(*zip(*content["sft"], strict=True), color="black", marker="o", markersize=3)
+        panel.set(xlabel="optimizer steps", title="SFT to its plateau")
     for found in content["arms"]:
         number = list(ARMS).index(found["arm"])
         style = {"color": COLOURS[number], "label": ARMS[found["arm"]]}
