@@ -129,7 +129,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
     if options.from_scratch:
         (made,) = find([options.runs / "from_scratch"])
-        content["sft"] = [(0, made.report["tau_before"]), *scalars(made, "val/tau")]
+        content["sft"] = scalars(made, "val/tau")
     for kind, epochs in plan.items():
         control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL]).values()]
         for arm in ARMS:
@@ -177,6 +177,7 @@ def draw(content: dict[str, Any]) -> None:
     figure = Figure(figsize=(3 * len(widths), 3.4), layout="constrained")
     panels = list(figure.subplots(1, len(widths), width_ratios=widths))
     *before, left, middle, right = panels
+    panels[0].set_ylabel("tau, validation")
     for panel in before:
         panel.plot(*zip(*content["sft"], strict=True), color="black", marker="o", markersize=3)
         panel.set(xlabel="optimizer steps", title="SFT to its plateau")
@@ -192,10 +193,10 @@ def draw(content: dict[str, Any]) -> None:
         right.errorbar(
             number + aside, value, [[value - low], [high - value]], color=style["color"], marker=marker, capsize=3
         )
+    right.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
     for panel in panels:
-        panel.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
         panel.spines[["top", "right"]].set_visible(False)
-    left.set(xlabel="optimizer steps", ylabel="tau, validation", title="equal steps")
+    left.set(xlabel="optimizer steps", title="equal steps")
     middle.set(xlabel="TFLOP, rollouts included", title="equal compute")
     right.set(ylabel="tau, test, 95 % interval", title="\u25cf steps   \u25a0 compute", xlim=(-0.5, len(ARMS) - 0.5))
     right.set_xticks(range(len(ARMS)), ["SFT", "OPD", "decode-free"])
