@@ -18,9 +18,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -28,14 +25,12 @@ from typing import Any
 from machine import keep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from runs import RESULTS, ROOT, scalars, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find, rows, write_csv
 from draftopd.evaluation.seeds import gain, tau
 
-ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "benchmarks" / "results"
 FIGURE = ROOT / "docs" / "figures" / "plateau.svg"
 
 ARMS = {"sft": "continued SFT", "opd": "Draft-OPD", "decode_free": "Draft-OPD, decode-free"}
@@ -48,8 +43,7 @@ def main() -> None:
     options = parse()
     if not options.only_draw:
         given = [f"drafter.checkpoint={sft(options)}"] if options.from_scratch else []
-        start = f"{options.runs}/start"
-        train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], start, options)
+        train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], options.runs / "start")
         steps = dict.fromkeys(ARMS, options.epochs)
         run_all(steps, given, options)
         compute = equal_compute(options)
@@ -72,8 +66,7 @@ def parse() -> argparse.Namespace:
 def sft(options: argparse.Namespace) -> Path:
     """The drafter that SFT has taken to its plateau."""
     directory = options.runs.resolve() / "from_scratch"
-    train(["experiment=bundled_drafter"], str(directory), options, threads=os.cpu_count())
-    return directory / "drafter"
+    return train(["experiment=bundled_drafter"], directory, threads=os.cpu_count()) / "drafter"
 
 
 def run_all(epochs: dict[str, int], given: list[str], options: argparse.Namespace) -> None:
@@ -83,27 +76,14 @@ def run_all(epochs: dict[str, int], given: list[str], options: argparse.Namespac
         seed, arm = job
         count = f"module.count_flops={seed == options.seeds[0]}"
         overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs[arm]}", count, *given]
-        train(overrides, str(place(options, arm, epochs[arm], seed)), options)
+        train(overrides, place(options, arm, epochs[arm], seed))
 
-    with ThreadPoolExecutor(options.parallel) as pool:
-        list(pool.map(one, [(seed, arm) for seed in options.seeds for arm in epochs]))
+    side_by_side(one, [(seed, arm) for seed in options.seeds for arm in epochs], options.parallel)
 
 
 def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
     """Where a run is kept; arms whose equal compute is as many epochs as equal steps have one run for both."""
     return options.runs / f"{arm}-{epochs}" / str(seed)
-
-
-def train(overrides: list[str], directory: str, options: argparse.Namespace, threads: int | None = 1) -> None:
-    """A run in a process of its own; one that has ended there already is left as it is."""
-    command = [sys.executable, str(ROOT / "train.py"), *overrides, "trainer.enable_progress_bar=false"]
-    done = subprocess.run(
-        [*command, f"hydra.run.dir={directory}"], cwd=ROOT, capture_output=True, text=True, check=False,
-        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
-    )  # fmt: skip
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
-    print(f"{directory}: {' '.join(overrides)}", flush=True)
 
 
 def equal_compute(options: argparse.Namespace) -> dict[str, int]:
@@ -129,7 +109,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
     if options.from_scratch:
         (made,) = find([options.runs / "from_scratch"])
-        content["sft"] = scalars(made, "val/tau")
+        content["sft"] = [(step + 1, value) for step, value in scalars(made.directory, "val/tau")]
     for kind, epochs in plan.items():
         control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL]).values()]
         for arm in ARMS:
@@ -157,18 +137,11 @@ def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]
     Args:
         counted: the run whose operations stand for those of every seed.
     """
-    spent = {step: value for step, value in scalars(counted, "train/flops/total")}
+    spent = {step: value for step, value in scalars(counted.directory, "train/flops/total")}
     points = [(0, 0.0, began)]
-    for step, value in scalars(run, "val/tau"):
-        points.append((step, spent[max(known for known in spent if known <= step)] / 1e12, value))
+    for step, value in scalars(run.directory, "val/tau"):
+        points.append((step + 1, spent[max(known for known in spent if known <= step)] / 1e12, value))
     return points
-
-
-def scalars(run: Run, name: str) -> list[tuple[int, float]]:
-    """A curve of a run's log."""
-    events = EventAccumulator(str(run.directory / "tensorboard"))
-    events.Reload()
-    return [(event.step, event.value) for event in events.Scalars(name)]
 
 
 def draw(content: dict[str, Any]) -> None:

@@ -13,16 +13,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from machine import describe
+from machine import arguments, describe
+from runs import RESULTS, ROOT, scalars, side_by_side, train
 
-ROOT = Path(__file__).parents[1]
 FRESH = ("rollout=decode_free", "refresh.every_n_steps=1")
 ARMS: dict[str, tuple[str, ...]] = {
     "speculative rollout each epoch": ("rollout=speculative",),
@@ -33,12 +29,17 @@ ARMS: dict[str, tuple[str, ...]] = {
 
 def main() -> None:
     options = parse()
-    results = ROOT / "benchmarks" / "results" / "refresh_schedule.json"
+    results = RESULTS / "refresh_schedule.json"
     if not options.plot_only:
         jobs = [(arm, seed) for seed in options.seeds for arm in ARMS]
-        with ThreadPoolExecutor(options.parallel) as pool:
-            runs = list(pool.map(lambda job: train(*job, options), jobs))
-        results.write_text(json.dumps({**describe(), "options": vars(options), "runs": runs}, indent=2) + "\n")
+        runs = side_by_side(lambda job: run(*job, options), jobs, options.parallel)
+        results.write_text(
+            json.dumps(
+                {**describe(), "options": arguments(options), "runs": runs},
+                indent=2,
+            )
+            + "\n"
+        )
     runs = json.loads(results.read_text())["runs"]
     for arm in ARMS:
         final = [run["points"][-1] for run in runs if run["arm"] == arm]
@@ -50,30 +51,23 @@ def main() -> None:
     plot(runs, ROOT / "docs" / "figures" / "refresh_schedule.png")
 
 
-def train(arm: str, seed: int, options: argparse.Namespace) -> dict:
-    """One run in a process of its own; its validations as points."""
-    directory = Path(options.runs) / f"{list(ARMS).index(arm)}-{seed}"
-    command = [
-        sys.executable, str(ROOT / "train.py"), *ARMS[arm], f"seed={seed}", "trainer.enable_progress_bar=false",
-        f"data.train_prompts.count={options.prompts}", f"data.prompts_per_refresh={options.prompts}",
-        f"hydra.run.dir={directory}",
+def run(arm: str, seed: int, options: argparse.Namespace) -> dict:
+    """One run; its validations as points."""
+    overrides = [
+        *ARMS[arm], f"seed={seed}", f"data.train_prompts.count={options.prompts}",
+        f"data.prompts_per_refresh={options.prompts}",
     ]  # fmt: skip
-    env = os.environ | {"OMP_NUM_THREADS": str(options.threads)}
-    subprocess.run(command, check=True, env=env, cwd=ROOT, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    directory = train(overrides, options.runs / f"{list(ARMS).index(arm)}-{seed}", options.threads)
     return {"arm": arm, "seed": seed, "points": points(directory)}
 
 
 def points(directory: Path) -> list[dict[str, float]]:
     """Step, training seconds and held-out tau of every validation."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    seconds = {event.step: event.value for event in events.Scalars("time/training_seconds")}
-    taus = {event.step: event.value for event in events.Scalars("val/tau")}
+    seconds = dict(scalars(directory, "time/training_seconds"))
     # Lightning logs a validation at the last step before it, counted from 0; the one before training is at 0 too.
     return [
-        {"step": step + (step > 0), "seconds": seconds.get(step, 0.0), "tau": tau} for step, tau in sorted(taus.items())
+        {"step": step + (step > 0), "seconds": seconds.get(step, 0.0), "tau": tau}
+        for step, tau in sorted(scalars(directory, "val/tau"))
     ]
 
 
@@ -106,7 +100,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=256, help="the pool")
     parser.add_argument("--threads", type=int, default=1, help="torch threads of one run")
     parser.add_argument("--parallel", type=int, default=2, help="runs at once; give each its own cores")
-    parser.add_argument("--runs", default="runs/refresh_schedule")
+    parser.add_argument("--runs", type=Path, default=Path("runs/refresh_schedule"))
     parser.add_argument("--plot-only", action="store_true")
     return parser.parse_args()
 

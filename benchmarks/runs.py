@@ -1,0 +1,48 @@
+"""Training runs as processes of their own, and what their logs say."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+Job = TypeVar("Job")
+Result = TypeVar("Result")
+
+
+def train(overrides: Iterable[str], directory: Path, threads: int | None = 1) -> Path:
+    """``train.py`` into a directory, which is returned; a run that has ended there already is left as it is.
+
+    Raises:
+        SystemExit: with the end of what it printed, if it fails.
+    """
+    command = [sys.executable, str(ROOT / "train.py"), *overrides, "trainer.enable_progress_bar=false"]
+    done = subprocess.run(
+        [*command, f"hydra.run.dir={directory}"], cwd=ROOT, capture_output=True, text=True, check=False,
+        env=os.environ | {"OMP_NUM_THREADS": str(threads)},
+    )  # fmt: skip
+    if done.returncode:
+        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-3000:]}")
+    print(f"{directory}: {' '.join(overrides)}", flush=True)
+    return directory
+
+
+def side_by_side(work: Callable[[Job], Result], jobs: Iterable[Job], parallel: int) -> list[Result]:
+    """Do jobs that wait for processes of their own, so many at once."""
+    with ThreadPoolExecutor(parallel) as pool:
+        return list(pool.map(work, jobs))
+
+
+def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
+    """Step and value of a curve of a run's log."""
+    events = EventAccumulator(str(directory / "tensorboard"))
+    events.Reload()
+    return [(event.step, event.value) for event in events.Scalars(name)]
