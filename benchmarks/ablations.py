@@ -1,0 +1,170 @@
+"""Run the sweeps of ``experiment=ablation/*`` side by side, and say what each value is worth, with intervals.
+
+    python benchmarks/ablations.py                                # all of them: hours on two cores
+    python benchmarks/ablations.py --sweeps loss anchors --seeds 0
+    python benchmarks/ablations.py --only-draw                    # figure and table from the results kept
+
+Jobs are those of ``python train.py experiment=ablation/NAME``, a directory each; of jobs that come to the same
+configuration only one is run. Those that have ended are not run again, so the same command goes on where it was
+stopped. Results go to benchmarks/results/ablations.csv (a row a value and seed) and ablations.json (a row a value, with
+95 % intervals over prompts and seeds), the figure to docs/figures/ablations.svg.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+from collections.abc import Mapping, Sequence
+from itertools import groupby, product
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from hydra import compose, initialize_config_dir
+from machine import keep
+from matplotlib.figure import Figure
+from omegaconf import OmegaConf
+from runs import RESULTS, ROOT, side_by_side, train
+
+from draftopd.evaluation.plots import COLOURS
+from draftopd.evaluation.runs import Run, find
+from draftopd.evaluation.seeds import gain, tau
+
+SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
+REPORTED = ("steps", "tokens", "tau_after", "test_tau")
+FIGURE = ROOT / "docs" / "figures" / "ablations.svg"
+
+
+class Job(NamedTuple):
+    """One value of a sweep with one seed.
+
+    ``configuration`` tells its run from others', ``reference`` is that of the sweep's default with this seed.
+    """
+
+    sweep: str
+    key: str
+    value: str
+    seed: int
+    configuration: str
+    reference: str
+
+    @property
+    def overrides(self) -> list[str]:
+        return [f"experiment=ablation/{self.sweep}", f"{self.key}={self.value}", f"seed={self.seed}"]
+
+
+def main() -> None:
+    options = parse()
+    if not options.only_draw:
+        jobs = [job for sweep in SWEEPS for job in jobs_of(sweep, options.seeds)]
+        first = {job.configuration: job for job in jobs[::-1]}
+        places = {c: options.runs / job.sweep / f"{job.key}={job.value},seed={job.seed}" for c, job in first.items()}
+        wanted = {job.configuration for job in jobs if job.sweep in options.sweeps}
+        # Seed by seed, so that a stopped run has something of every value.
+        queue = sorted((job for c, job in first.items() if c in wanted), key=lambda job: job.seed)
+        side_by_side(
+            lambda job: train([*job.overrides, "hydra.mode=RUN"], places[job.configuration]), queue, options.parallel
+        )
+        write(jobs, {c: find([place])[0] for c, place in places.items() if (place / "report.json").exists()}, options)
+    draw(json.loads((RESULTS / "ablations.json").read_text()))
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweeps", nargs="+", default=SWEEPS, choices=SWEEPS, metavar="SWEEP", help=", ".join(SWEEPS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
+    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
+    parser.add_argument("--only-draw", action="store_true")
+    return parser.parse_args()
+
+
+def jobs_of(sweep: str, seeds: Sequence[int]) -> list[Job]:
+    """A sweep's jobs, as its configuration lists them but with these seeds."""
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        experiment = f"experiment=ablation/{sweep}"
+        params = compose("train", [experiment], return_hydra_config=True).hydra.sweeper.params
+        (key,) = (key for key in params if key != "seed")
+        return [
+            Job(
+                sweep, key, value, seed, configuration([experiment, f"{key}={value}", f"seed={seed}"]),
+                configuration([experiment, f"seed={seed}"]),
+            )
+            for value, seed in product(str(params[key]).split(","), seeds)
+        ]  # fmt: skip
+
+
+def configuration(overrides: list[str]) -> str:
+    """All that makes a difference to a run."""
+    config = OmegaConf.to_container(compose("train", overrides))
+    assert isinstance(config, dict)
+    return json.dumps(config | {"name": None}, sort_keys=True)
+
+
+def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namespace) -> None:
+    """Keep a row a value and seed, and a row a value."""
+    ended = [job for job in jobs if job.configuration in runs]
+    with (RESULTS / "ablations.csv").open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow(("sweep", "key", "value", "seed", *REPORTED, "test_tokens", "test_blocks", "seconds"))
+        for job in ended:
+            run = runs[job.configuration]
+            blocks = run.tested.values()
+            writer.writerow((
+                *job[:4], *(run.report[name] for name in REPORTED), sum(map(sum, blocks)), sum(map(len, blocks)),
+                round(run.report["total_seconds"], 1),
+            ))  # fmt: skip
+    rows: list[dict[str, Any]] = []
+    for (sweep, key, value), found in groupby(ended, key=lambda job: job[:3]):
+        same = list(found)
+        tested = {job.seed: runs[job.configuration].tested for job in same}
+        references = {job.seed: runs[job.reference].tested for job in same if job.reference in runs}
+        default = same[0].configuration == same[0].reference
+        rows.append({
+            "sweep": sweep, "key": key, "value": value, "default": default,
+            "tau_by_seed": {seed: tau([blocks]).value for seed, blocks in tested.items()},
+            "tau": interval(tau(list(tested.values()))),
+            "over_default": (
+                interval(gain(list(tested.values()), list(references.values()))) if references and not default else None
+            ),
+        })  # fmt: skip
+    keep(argparse.Namespace(**vars(options), results=RESULTS / "ablations.json"), {"rows": rows})
+
+
+def interval(found: Sequence[float]) -> list[float]:
+    return [round(value, 5) for value in found]
+
+
+def draw(content: dict[str, Any]) -> None:
+    """A panel a sweep; and the table."""
+    sweeps = [list(rows) for _, rows in groupby(content["rows"], key=lambda row: row["sweep"])]
+    columns = 3
+    figure = Figure(figsize=(3.4 * columns, 2.1 * -(-len(sweeps) // columns)), layout="constrained")
+    panels = list(figure.subplots(-(-len(sweeps) // columns), columns, squeeze=False).flat)
+    for panel, rows in zip(panels, sweeps, strict=False):
+        for y, row in enumerate(rows):
+            value, low, high = row["tau"]
+            colour = "black" if row["default"] else COLOURS[0]
+            panel.errorbar(value, y, xerr=[[value - low], [high - value]], marker="o", capsize=2, color=colour)
+            panel.plot(list(row["tau_by_seed"].values()), [y + 0.25] * len(row["tau_by_seed"]), "|", color=colour)
+        panel.set_yticks(range(len(rows)), [row["value"] for row in rows], fontsize=8)
+        panel.set(ylim=(len(rows) - 0.4, -0.6))
+        panel.set_title(rows[0]["key"], fontsize=9)
+        panel.tick_params(axis="x", labelsize=8)
+        panel.spines[["top", "right"]].set_visible(False)
+    for panel in panels[len(sweeps) :]:
+        panel.set_axis_off()
+    figure.supxlabel("test tau, 95 % interval; a stroke a seed; black: the default", fontsize=9)
+    figure.savefig(FIGURE, metadata={"Date": None})
+    print("| sweep | value | tau by seed | tau [95 %] | over the default |\n|---|---|---|---:|---:|")
+    for row in content["rows"]:
+        seeds = ", ".join(f"{value:.3f}" for value in row["tau_by_seed"].values())
+        what, over = f"`{row['key']}={row['value']}`", row["over_default"]
+        value, low, high = row["tau"]
+        worth = "default" if row["default"] else f"{over[0]:+.1%} [{over[1]:+.1%}, {over[2]:+.1%}]" if over else ""
+        print(f"| {row['sweep']} | {what} | {seeds} | {value:.3f} [{low:.3f}, {high:.3f}] | {worth} |")
+
+
+if __name__ == "__main__":
+    main()
