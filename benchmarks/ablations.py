@@ -96,10 +96,10 @@ def jobs_of(sweep: str, seeds: Sequence[int]) -> list[Job]:
 
 
 def configuration(overrides: list[str]) -> str:
-    """All that makes a difference to a run."""
-    config = OmegaConf.to_container(compose("train", overrides))
-    assert isinstance(config, dict)
-    return json.dumps(config | {"name": None}, sort_keys=True)
+    """All that makes a difference to a run: not what it is called or where it is logged."""
+    config = compose("train", overrides)
+    config.name = config.logger = None
+    return json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
 
 
 def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namespace) -> None:

@@ -2,15 +2,17 @@
 
     python benchmarks/plateau.py                       # from the bundled drafter
     python benchmarks/plateau.py --from-scratch        # from a drafter that SFT first takes to its plateau
+    python benchmarks/plateau.py --study recipe        # the best recipe found, beside SFT in batches as small
     python benchmarks/plateau.py --seeds 0 --epochs 2  # a look
     python benchmarks/plateau.py --only-draw           # figure and table from the results kept
 
 Every arm goes on from the same SFT drafter on the same stream of new prompts (``configs/experiment/plateau``), with as
-many optimizer steps; then once more with as many operations as Draft-OPD took, rollouts included. Each is tested once,
-at its end, on 500 held-out problems. Operations are counted in the runs of the first seed only: counting slows decoding
+many optimizer steps; then once more with as many operations as Draft-OPD took, rollouts included. The recipe's study
+has equal operations alone: its smaller batches make more steps of the same replays. Each run is tested once, at its
+end, on 500 held-out problems. Operations are counted in the runs of the first seed only: counting slows decoding
 down by about two fifths, and the seeds' texts are alike in length. A run that has ended is not run again, so the same
-command goes on where it was stopped. Results go to benchmarks/results/plateau.csv (a row a run) and plateau.json
-(curves, intervals, machine), the figure to docs/figures/plateau.svg.
+command goes on where it was stopped. Results go to benchmarks/results/STUDY.csv (a row a run) and STUDY.json (curves,
+intervals, machine), the figure to docs/figures/STUDY.svg.
 """
 
 from __future__ import annotations
@@ -18,9 +20,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+from collections.abc import Iterable
 from pathlib import Path
 from statistics import fmean
-from typing import Any
+from typing import Any, NamedTuple
 
 from machine import keep
 from matplotlib.axes import Axes
@@ -31,12 +34,30 @@ from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find, rows, write_csv
 from draftopd.evaluation.seeds import gain, tau
 
-FIGURE = ROOT / "docs" / "figures" / "plateau.svg"
-
-ARMS = {"sft": "continued SFT", "opd": "Draft-OPD", "decode_free": "Draft-OPD, decode-free"}
-#: The arm whose operations the others are given.
+#: By arm its name in a sentence, and under an axis.
+ARMS = {
+    "sft": ("continued SFT", "SFT"),
+    "opd": ("Draft-OPD", "OPD"),
+    "decode_free": ("Draft-OPD, decode-free", "decode-free"),
+    "sft_small": ("continued SFT, small batches", "SFT, small"),
+    "recipe": ("recipe", "recipe"),
+}
+#: The arm whose operations the others are given, and the one that all are compared with.
 COMPUTE = "opd"
 CONTROL = "sft"
+
+
+class Study(NamedTuple):
+    """Which arms are trained, and what of them is made equal."""
+
+    arms: tuple[str, ...]
+    equal: tuple[str, ...]
+
+
+STUDIES = {
+    "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute")),
+    "recipe": Study(("sft", "opd", "decode_free", "sft_small", "recipe"), ("compute",)),
+}
 
 
 def main() -> None:
@@ -44,18 +65,15 @@ def main() -> None:
     if not options.only_draw:
         given = [f"drafter.checkpoint={sft(options)}"] if options.from_scratch else []
         train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], options.runs / "start")
-        steps = dict.fromkeys(ARMS, options.epochs)
-        run_all(steps, given, options)
-        compute = equal_compute(options)
-        run_all(compute, given, options)
-        write({"steps": steps, "compute": compute}, options)
-    draw(json.loads((RESULTS / "plateau.json").read_text()))
+        write({equal: run_all(equal, given, options) for equal in STUDIES[options.study].equal}, options)
+    draw(json.loads((RESULTS / f"{options.study}.json").read_text()), options.study)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--study", choices=STUDIES, default="plateau")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8, help="of 32 optimizer steps, of every arm")
+    parser.add_argument("--epochs", type=int, default=8, help="of 512 replays, of every arm")
     parser.add_argument("--runs", type=Path, default=Path("runs/plateau"))
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
     parser.add_argument("--from-scratch", action="store_true")
@@ -69,16 +87,28 @@ def sft(options: argparse.Namespace) -> Path:
     return train(["experiment=bundled_drafter"], directory, threads=os.cpu_count()) / "drafter"
 
 
-def run_all(epochs: dict[str, int], given: list[str], options: argparse.Namespace) -> None:
-    """Train arms side by side, each for its epochs with every seed."""
+def run_all(equal: str, given: list[str], options: argparse.Namespace) -> dict[str, int]:
+    """Train a study's arms side by side with every seed, and say how many epochs each was given."""
+    epochs = dict.fromkeys(STUDIES[options.study].arms, options.epochs)
+    if equal == "compute":
+        first = options.seeds[0]
+        run_jobs([(first, arm, options.epochs) for arm in epochs], given, options)
+        spent = {arm: runs_of(options, arm, options.epochs, [first])[first].report["flops"]["total"] for arm in epochs}
+        epochs = {arm: round(options.epochs * spent[COMPUTE] / spent[arm]) for arm in epochs}
+    run_jobs([(seed, arm, epochs[arm]) for seed in options.seeds for arm in epochs], given, options)
+    return epochs
 
-    def one(job: tuple[int, str]) -> None:
-        seed, arm = job
+
+def run_jobs(jobs: list[tuple[int, str, int]], given: list[str], options: argparse.Namespace) -> None:
+    """Train arms for so many epochs with a seed."""
+
+    def one(job: tuple[int, str, int]) -> None:
+        seed, arm, epochs = job
         count = f"module.count_flops={seed == options.seeds[0]}"
-        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs[arm]}", count, *given]
-        train(overrides, place(options, arm, epochs[arm], seed))
+        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs}", count, *given]
+        train(overrides, place(options, arm, epochs, seed))
 
-    side_by_side(one, [(seed, arm) for seed in options.seeds for arm in epochs], options.parallel)
+    side_by_side(one, jobs, options.parallel)
 
 
 def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
@@ -86,16 +116,9 @@ def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path
     return options.runs / f"{arm}-{epochs}" / str(seed)
 
 
-def equal_compute(options: argparse.Namespace) -> dict[str, int]:
-    """Epochs for each arm that come to the operations of :data:`COMPUTE`."""
-    first = options.seeds[0]
-    spent = {arm: runs_of(options, arm, options.epochs)[first].report["flops"]["total"] for arm in ARMS}
-    return {arm: round(options.epochs * spent[COMPUTE] / spent[arm]) for arm in ARMS}
-
-
-def runs_of(options: argparse.Namespace, arm: str, epochs: int) -> dict[int, Run]:
+def runs_of(options: argparse.Namespace, arm: str, epochs: int, seeds: Iterable[int]) -> dict[int, Run]:
     """An arm's runs by seed."""
-    return {seed: find([place(options, arm, epochs, seed)])[0] for seed in options.seeds}
+    return {seed: find([place(options, arm, epochs, seed)])[0] for seed in seeds}
 
 
 def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
@@ -103,7 +126,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
     arms = {(arm, epochs) for epochs_of in plan.values() for arm, epochs in epochs_of.items()}
     kept = [place(options, arm, epochs, seed) for arm, epochs in sorted(arms) for seed in options.seeds]
     runs = find([options.runs / "start", *kept])
-    with (RESULTS / "plateau.csv").open("w", newline="", encoding="utf-8") as file:
+    with (RESULTS / f"{options.study}.csv").open("w", newline="", encoding="utf-8") as file:
         write_csv(rows(runs), file)
     (start,) = find([options.runs / "start"])
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
@@ -111,9 +134,9 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
         (made,) = find([options.runs / "from_scratch"])
         content["sft"] = [(step + 1, value) for step, value in scalars(made.directory, "val/tau")]
     for kind, epochs in plan.items():
-        control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL]).values()]
-        for arm in ARMS:
-            of_arm = runs_of(options, arm, epochs[arm])
+        control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL], options.seeds).values()]
+        for arm in epochs:
+            of_arm = runs_of(options, arm, epochs[arm], options.seeds)
             counted = of_arm[options.seeds[0]]
             tested = [run.tested for run in of_arm.values()]
             content["arms"].append({
@@ -124,7 +147,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
                 "over_control": None if arm == CONTROL else interval(gain(tested, control)),
                 "curves": [curve(run, start.report["tau_before"], counted) for run in of_arm.values()],
             })  # fmt: skip
-    keep(argparse.Namespace(**vars(options), results=RESULTS / "plateau.json"), content)
+    keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.study}.json"), content)
 
 
 def interval(found: Any) -> list[float]:
@@ -144,37 +167,40 @@ def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]
     return points
 
 
-def draw(content: dict[str, Any]) -> None:
+def draw(content: dict[str, Any], study: str) -> None:
     """Validation tau by steps and by operations, test tau with its intervals; and the table."""
-    widths = [1, 1, 1, 0.8] if "sft" in content else [1, 1, 0.8]
-    figure = Figure(figsize=(3 * len(widths), 3.4), layout="constrained")
-    panels = list(figure.subplots(1, len(widths), width_ratios=widths))
-    *before, left, middle, right = panels
-    panels[0].set_ylabel("tau, validation")
-    for panel in before:
+    arms, equal = STUDIES[study]
+    x_of = {"steps": (0, "optimizer steps"), "compute": (1, "TFLOP, rollouts included")}
+    first = ["sft"] if "sft" in content and "steps" in equal else []
+    widths = [1.0] * (len(first) + len(equal)) + [0.3 * len(arms)]
+    figure = Figure(figsize=(3 * sum(widths) + 0.4, 3.4), layout="constrained")
+    panels = dict(zip([*first, *equal, "test"], figure.subplots(1, len(widths), width_ratios=widths), strict=True))
+    next(iter(panels.values())).set_ylabel("tau, validation")
+    for panel in (panels[name] for name in first):
         panel.plot(*zip(*content["sft"], strict=True), color="black", marker="o", markersize=3)
         panel.set(xlabel="optimizer steps", title="SFT to its plateau")
+    for kind in equal:
+        panels[kind].set(xlabel=x_of[kind][1], title=f"equal {kind}")
+    test = panels["test"]
     for found in content["arms"]:
-        number = list(ARMS).index(found["arm"])
-        style = {"color": COLOURS[number], "label": ARMS[found["arm"]]}
-        if found["equal"] == "steps":
-            lines(left, found["curves"], 0, style)
-        if found["equal"] == "compute":
-            lines(middle, found["curves"], 1, style)
+        number, kind = arms.index(found["arm"]), found["equal"]
+        style = {"color": COLOURS[list(ARMS).index(found["arm"])], "label": ARMS[found["arm"]][0]}
+        lines(panels[kind], found["curves"], x_of[kind][0], style)
         value, low, high = found["tau"]
-        aside, marker = (0.15, "s") if found["equal"] == "compute" else (-0.15, "o")
-        right.errorbar(
+        aside, marker = (-0.15, "o") if kind == "steps" else (0.15 * (len(equal) - 1), "s")
+        test.errorbar(
             number + aside, value, [[value - low], [high - value]], color=style["color"], marker=marker, capsize=3
         )
-    right.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
-    for panel in panels:
+    test.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
+    for panel in panels.values():
         panel.spines[["top", "right"]].set_visible(False)
-    left.set(xlabel="optimizer steps", title="equal steps")
-    middle.set(xlabel="TFLOP, rollouts included", title="equal compute")
-    right.set(ylabel="tau, test, 95 % interval", title="\u25cf steps   \u25a0 compute", xlim=(-0.5, len(ARMS) - 0.5))
-    right.set_xticks(range(len(ARMS)), ["SFT", "OPD", "decode-free"])
-    figure.legend(*left.get_legend_handles_labels(), loc="outside lower center", ncols=len(ARMS), frameon=False)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    title = "\u25cf steps   \u25a0 compute" if len(equal) > 1 else "test"
+    test.set(ylabel="tau, test, 95 % interval", title=title, xlim=(-0.5, len(arms) - 0.5))
+    names = [ARMS[arm][1].replace(" ", "\n").replace("-", "-\n") for arm in arms]
+    test.set_xticks(range(len(arms)), names, fontsize=8)
+    handles = panels[equal[0]].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=len(arms), frameon=False)
+    figure.savefig(ROOT / "docs" / "figures" / f"{study}.svg", metadata={"Date": None})
     print(table(content))
 
 
@@ -199,7 +225,7 @@ def table(content: dict[str, Any]) -> str:
         value, low, high = found["tau"]
         over = percent(found["over_control"])
         lines.append(
-            f"| {ARMS[found['arm']]} | {found['equal']} | {found['steps']:.0f} | {found['tflop']:.1f} | {seeds} "
+            f"| {ARMS[found['arm']][0]} | {found['equal']} | {found['steps']:.0f} | {found['tflop']:.1f} | {seeds} "
             f"| {value:.3f} [{low:.3f}, {high:.3f}] | {percent(found['over_start'])} | {over} |"
         )
     return "\n".join(lines)
