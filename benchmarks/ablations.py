@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from machine import keep
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from runs import RESULTS, ROOT, side_by_side, train
+from runs import RESULTS, ROOT, interval, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find
@@ -130,10 +130,6 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
             ),
         })  # fmt: skip
     keep(argparse.Namespace(**vars(options), results=RESULTS / "ablations.json"), {"rows": rows})
-
-
-def interval(found: Sequence[float]) -> list[float]:
-    return [round(value, 5) for value in found]
 
 
 def draw(content: dict[str, Any]) -> None:

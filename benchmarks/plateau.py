@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 from machine import keep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, scalars, side_by_side, train
+from runs import RESULTS, ROOT, interval, scalars, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find, rows, write_csv
@@ -150,10 +150,6 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
                 "curves": [curve(run, start.report["tau_before"], counted) for run in of_arm.values()],
             })  # fmt: skip
     keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.study}.json"), content)
-
-
-def interval(found: Any) -> list[float]:
-    return [round(value, 5) for value in found]
 
 
 def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]]:

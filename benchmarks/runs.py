@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -46,3 +46,8 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
     events = EventAccumulator(str(directory / "tensorboard"))
     events.Reload()
     return [(event.step, event.value) for event in events.Scalars(name)]
+
+
+def interval(found: Sequence[float]) -> list[float]:
+    """A figure and its interval, as results keep them."""
+    return [round(value, 5) for value in found]
