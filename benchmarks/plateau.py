@@ -42,21 +42,25 @@ ARMS = {
     "sft_small": ("continued SFT, small batches", "SFT, small"),
     "recipe": ("recipe", "recipe"),
 }
-#: The arm whose operations the others are given, and the one that all are compared with.
-COMPUTE = "opd"
-CONTROL = "sft"
 
 
 class Study(NamedTuple):
-    """Which arms are trained, and what of them is made equal."""
+    """Which arms are trained, and what of them is made equal.
+
+    ``reference`` is the arm whose operations the others are given, ``control`` the one that all are compared with;
+    ``epochs`` are of 512 replays.
+    """
 
     arms: tuple[str, ...]
     equal: tuple[str, ...]
+    reference: str
+    control: str
+    epochs: int
 
 
 STUDIES = {
-    "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute")),
-    "recipe": Study(("sft", "opd", "decode_free", "sft_small", "recipe"), ("compute",)),
+    "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute"), "opd", "sft", 8),
+    "recipe": Study(("sft_small", "recipe"), ("compute",), "recipe", "sft_small", 16),
 }
 
 
@@ -73,12 +77,14 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--study", choices=STUDIES, default="plateau")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--epochs", type=int, default=8, help="of 512 replays, of every arm")
+    parser.add_argument("--epochs", type=int, help="of 512 replays; default: the study's")
     parser.add_argument("--runs", type=Path, default=Path("runs/plateau"))
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
     parser.add_argument("--from-scratch", action="store_true")
     parser.add_argument("--only-draw", action="store_true")
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.epochs = options.epochs or STUDIES[options.study].epochs
+    return options
 
 
 def sft(options: argparse.Namespace) -> Path:
@@ -94,7 +100,7 @@ def run_all(equal: str, given: list[str], options: argparse.Namespace) -> dict[s
         first = options.seeds[0]
         run_jobs([(first, arm, options.epochs) for arm in epochs], given, options)
         spent = {arm: runs_of(options, arm, options.epochs, [first])[first].report["flops"]["total"] for arm in epochs}
-        epochs = {arm: round(options.epochs * spent[COMPUTE] / spent[arm]) for arm in epochs}
+        epochs = {arm: round(options.epochs * spent[STUDIES[options.study].reference] / spent[arm]) for arm in epochs}
     run_jobs([(seed, arm, epochs[arm]) for seed in options.seeds for arm in epochs], given, options)
     return epochs
 
@@ -130,13 +136,13 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
     runs = find([options.runs / "start", *kept])
     with (RESULTS / f"{options.study}.csv").open("w", newline="", encoding="utf-8") as file:
         write_csv(rows(runs), file)
-    (start,) = find([options.runs / "start"])
+    (start,), control_arm = find([options.runs / "start"]), STUDIES[options.study].control
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
     if options.from_scratch:
         (made,) = find([options.runs / "from_scratch"])
         content["sft"] = [(step + 1, value) for step, value in scalars(made.directory, "val/tau")]
     for kind, epochs in plan.items():
-        control = [run.tested for run in runs_of(options, CONTROL, epochs[CONTROL], options.seeds).values()]
+        control = [run.tested for run in runs_of(options, control_arm, epochs[control_arm], options.seeds).values()]
         for arm in epochs:
             of_arm = runs_of(options, arm, epochs[arm], options.seeds)
             counted = of_arm[options.seeds[0]]
@@ -146,7 +152,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
                 "tflop": counted.report["flops"]["total"] / 1e12,
                 "tau_by_seed": {seed: tau([run.tested]).value for seed, run in of_arm.items()},
                 "tau": interval(tau(tested)), "over_start": interval(gain(tested, [start.tested])),
-                "over_control": None if arm == CONTROL else interval(gain(tested, control)),
+                "over_control": None if arm == control_arm else interval(gain(tested, control)),
                 "curves": [curve(run, start.report["tau_before"], counted) for run in of_arm.values()],
             })  # fmt: skip
     keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.study}.json"), content)
@@ -167,7 +173,7 @@ def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]
 
 def draw(content: dict[str, Any], study: str) -> None:
     """Validation tau by steps and by operations, test tau with its intervals; and the table."""
-    arms, equal = STUDIES[study]
+    arms, equal = STUDIES[study][:2]
     x_of = {"steps": (0, "optimizer steps"), "compute": (1, "TFLOP, rollouts included")}
     first = ["sft"] if "sft" in content and "steps" in equal else []
     widths = [1.0] * (len(first) + len(equal)) + [0.3 * len(arms)]
