@@ -20,10 +20,11 @@ from draftopd.losses.acceptance import LK, E2ETotalVariation, TotalVariation
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss, StreamLoss, Teacher
 from draftopd.losses.blocks import Blocks
-from draftopd.losses.cross_entropy import CrossEntropy, DPace
+from draftopd.losses.cross_entropy import CrossEntropy, DPace, Reach
 from draftopd.losses.divergence import jensen_shannon, k3, keep_top_k, log_overlap, overlap, two_outcome_kl
 from draftopd.losses.kl import JSD, ForwardKL, ReverseKL
 from draftopd.losses.sampled_kl import SampledKL
+from draftopd.losses.weighting import expected_length_share, marginal_gain
 from draftopd.targets.head import Vocabulary
 
 Law = Tensor
@@ -82,9 +83,12 @@ CASES: dict[str, tuple[Callable[..., StreamLoss], SlotValue, SlotValue]] = {
     ),
     "cross_entropy": (CrossEntropy, lambda p, q, d, y: -q[y].log(), lambda p, q, d, y: -q[y].log()),
     "d_pace": (DPace, lambda p, q, d, y: -q[y].log(), lambda p, q, d, y: -q[y].log()),
+    "reach": (Reach, lambda p, q, d, y: -q[y].log(), lambda p, q, d, y: -q[y].log()),
 }
 #: Losses for which the target's law is not renormalised over the drafter's vocabulary.
 ACCEPTANCE = ("total_variation", "lk_log", "sampled_kl")
+#: Losses of the recorded tokens alone.
+HARD = ("cross_entropy", "d_pace", "reach")
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"gamma": 0.6},
@@ -108,7 +112,7 @@ def slow_teacher(logits: Tensor, temperature: float, top_k: int | None) -> Law:
 
 def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], normalization: str) -> Tensor:
     """The loss written out."""
-    hard = name in ("cross_entropy", "d_pace")
+    hard = name in HARD
     _, accepted_value, rejected_value = CASES[name]
     student = blocks.head.logits(blocks.student).softmax(-1)
     teacher = blocks.teacher_logits(blocks.teacher)
@@ -156,6 +160,14 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             return value
 
         streams = [[(v, w * share(*place), place) for v, w, place in stream] for stream in streams]
+    if name == "reach":
+        counted = {place for stream in streams for _, w, place in stream if w > 0}
+
+        def before(i: int, k: int) -> float:
+            earlier = [j for j in range(1, k) if (i, j) in counted]
+            return math.prod(float(student[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) for j in earlier)
+
+        streams = [[(v, w * before(*place), place) for v, w, place in stream] for stream in streams]
     if normalization == "token":
         every = streams[0] + streams[1]
         return total([v * w for v, w, _ in every]) / sum(w for _, w, _ in every)
@@ -173,7 +185,7 @@ COMBINATIONS = [
     for name in CASES
     for options in OPTIONS
     # Hard labels have no teacher.
-    if name not in ("cross_entropy", "d_pace") or not any(o.startswith("teacher") for o in options)
+    if name not in HARD or not any(o.startswith("teacher") for o in options)
 ]
 
 
@@ -342,3 +354,19 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
 def test_wrong_options_are_refused(build: Callable[[], Loss]) -> None:
     with pytest.raises(ValueError, match="found"):
         build()
+
+
+def test_weights_by_confidence_are_gradients_of_the_expected_length() -> None:
+    generator = torch.Generator().manual_seed(0)
+    confidence = torch.rand(6, 5, dtype=torch.float64, generator=generator).requires_grad_()
+    counted = torch.rand(6, 5, generator=generator) < 0.8
+    lengths = []
+    for c, present in zip(confidence, counted, strict=True):
+        places = [k for k in range(5) if present[k]]
+        lengths += [torch.stack([c[j] for j in places[: i + 1]]).prod() for i in range(len(places))]
+    (gradient,) = torch.autograd.grad(total(lengths), confidence)
+    sure = confidence.detach()
+    torch.testing.assert_close(marginal_gain(sure, counted), gradient)
+    torch.testing.assert_close(expected_length_share(sure, counted, 0.0), gradient * sure)
+    loss = Reach(future=True).importance(None, -sure.log(), counted)  # type: ignore[arg-type]
+    torch.testing.assert_close(loss, gradient)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.losses.test_every_loss import CASES
+from tests.losses.test_every_loss import CASES, HARD
 from tests.losses.test_losses import VOCAB, K, N, make_blocks
 from torch import Tensor, nn
 
@@ -93,7 +93,7 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
     name: str, drawn: list[tuple[Mixture, Mixture | None]], options: dict[str, Any], half: bool
 ) -> None:
     """Each slot of the batch is one of the drawn pairs."""
-    loss = LOSSES[name](**({} if name in ("cross_entropy", "d_pace") else options))
+    loss = LOSSES[name](**({} if name in HARD else options))
     sides = ([student for student, _ in drawn], [teacher or student for student, teacher in drawn])
     states, teacher = (
         torch.stack([logits_of(side[i % len(side)]) for i in range(N * K)])

@@ -1,4 +1,4 @@
-"""Cross entropy on the recorded tokens: the SFT stage (DFlash, arXiv 2602.06036), and D-PACE's weights for it."""
+"""Cross entropy on the recorded tokens: the SFT stage (DFlash, arXiv 2602.06036), and weights by confidence for it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,13 @@ from draftopd.losses import liger
 from draftopd.losses.base import Normalization, Stream, StreamLoss
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import per_slot
-from draftopd.losses.weighting import cross_entropy_gamma, expected_length_share, exponential_decay
+from draftopd.losses.weighting import (
+    cross_entropy_gamma,
+    expected_length_share,
+    exponential_decay,
+    marginal_gain,
+    reach,
+)
 
 
 class CrossEntropy(StreamLoss):
@@ -63,7 +69,14 @@ class CrossEntropy(StreamLoss):
         return per_slot(_cross_entropy, student, blocks.head, rows)
 
 
-class DPace(CrossEntropy):
+class _ByConfidence(CrossEntropy):
+    """Cross entropy whose slots weigh by the drafter's confidence in the recorded tokens; without further decay."""
+
+    def decay(self, slots: int, stream: Stream) -> Tensor:
+        return torch.ones(slots) if self.gamma is None else exponential_decay(slots, self.gamma)
+
+
+class DPace(_ByConfidence):
     """D-PACE (arXiv 2605.18810): each slot's cross entropy weighs its share in the expected accepted length.
 
     With the drafter's confidence in the recorded token ``c_k``, smoothed to ``(1 - smoothing) c_k + smoothing``,
@@ -84,11 +97,31 @@ class DPace(CrossEntropy):
             raise ValueError(f"smoothing must lie in [0, 1], found {smoothing}.")
         self.smoothing = smoothing
 
-    def decay(self, slots: int, stream: Stream) -> Tensor:
-        return torch.ones(slots) if self.gamma is None else exponential_decay(slots, self.gamma)
-
     def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
         return expected_length_share(torch.exp(-values), used, self.smoothing)
+
+
+class Reach(_ByConfidence):
+    """Each slot's cross entropy weighs the probability that drafting reaches it: accept-until-fail without an edge.
+
+    With the drafter's confidence in the recorded token ``c_k``, slot ``k`` weighs ``prod_{j<k} c_j``. Unlike D-PACE's
+    share the weight leaves out the slot's own confidence, so that a slot which is still wrong is not given up. With
+    ``future`` it is also multiplied by the tokens that hang on the slot, ``1 + c_{k+1} + c_{k+1} c_{k+2} + ...``:
+    together the marginal gain in expected accepted length, its gradient in ``c_k``. The weights carry no gradient and
+    are normalised over the batch.
+
+    Args:
+        future: weigh by the marginal gain.
+        options: see :class:`CrossEntropy`; ``gamma`` decays further, None does not.
+    """
+
+    def __init__(self, future: bool = False, gamma: float | None = None, **options: Any) -> None:
+        super().__init__(gamma, **options)
+        self.future = future
+
+    def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
+        confidence = torch.exp(-values)
+        return marginal_gain(confidence, used) if self.future else reach(confidence, used)
 
 
 def _cross_entropy(student_logits: Tensor, rows: Tensor) -> Tensor:

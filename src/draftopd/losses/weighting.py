@@ -42,6 +42,39 @@ def expected_length_share(confidence: Tensor, counted: Tensor, smoothing: float)
     return reach.flip(-1).cumsum(-1).flip(-1) * counted
 
 
+def reach(confidence: Tensor, counted: Tensor) -> Tensor:
+    """The probability that drafting reaches each slot.
+
+    Args:
+        confidence: ``[N, K]`` the drafter's probability of the recorded token.
+        counted: ``[N, K]`` slots that count; the others do not shorten the prefix.
+
+    Returns:
+        ``[N, K]``: ``prod_{j<k} c_j``, 0 at slots that do not count.
+    """
+    sure = torch.where(counted, confidence, torch.ones_like(confidence))
+    return torch.cat((torch.ones_like(sure[:, :1]), sure[:, :-1].cumprod(-1)), -1) * counted
+
+
+def marginal_gain(confidence: Tensor, counted: Tensor) -> Tensor:
+    """How much each slot's confidence moves the expected accepted length: its gradient in ``c_k``.
+
+    Args:
+        confidence, counted: as of :func:`reach`.
+
+    Returns:
+        ``[N, K]``: ``prod_{j<k} c_j sum_{i>=k} prod_{k<j<=i} c_j``, 0 at slots that do not count.
+    """
+    sure = torch.where(counted, confidence, torch.ones_like(confidence))
+    # Tokens that hang on each slot, from the last one back.
+    hanging = torch.zeros_like(sure)
+    coming = torch.zeros_like(sure[:, 0])
+    for k in reversed(range(sure.shape[1])):
+        hanging[:, k] = counted[:, k] + coming
+        coming = sure[:, k] * hanging[:, k]
+    return reach(confidence, counted) * hanging
+
+
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
     """``sum(w v) / sum(w)``; 0 (with a gradient of 0) where no weight is left.
 

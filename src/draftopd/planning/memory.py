@@ -17,7 +17,15 @@ from draftopd.targets.target import MAX_BLOCK_QUERIES
 Parts = dict[str, float]
 
 #: Logits-sized float32 tensors that a loss holds at once for a chunk, by its class; those not named hold as many as KL.
-LOSS_COPIES = {"CrossEntropy": 3, "DPace": 3, "TotalVariation": 5, "E2ETotalVariation": 5, "LK": 7, "JSD": 10}
+LOSS_COPIES = {
+    "CrossEntropy": 3,
+    "DPace": 3,
+    "Reach": 3,
+    "TotalVariation": 5,
+    "E2ETotalVariation": 5,
+    "LK": 7,
+    "JSD": 10,
+}
 KL_COPIES = 6
 #: Logits-sized tensors that :func:`draftopd.metrics.agreement.slot_agreement` holds at once for its one chunk,
 #: and for each of several.
