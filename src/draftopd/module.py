@@ -124,6 +124,8 @@ class DraftModule(L.LightningModule):
         self.tokens_seen = 0
         #: Seconds of rollouts and steps, validation left out; set at each validation.
         self.training_seconds = 0.0
+        #: Of a run that was continued: seconds of the parts before, as far as they were told to the clock.
+        self.earlier_seconds = 0.0
         self._clock_started: float | None = None
         self._shards: Shards | None = None
         self._validating = ExitStack()
@@ -409,6 +411,7 @@ class DraftModule(L.LightningModule):
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.tokens_seen = checkpoint["tokens_seen"]
         self.clock.seconds.update(checkpoint["seconds"])
+        self.earlier_seconds = sum(self.clock.seconds.values())
         self.clock.operations.update(checkpoint.get("operations", {}))
         self.training_seconds = checkpoint["training_seconds"]
         # Absent in checkpoints of earlier versions.

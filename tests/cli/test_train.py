@@ -106,7 +106,9 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Continuing from" in done.stdout
-    assert json.loads((finished / "report.json").read_text())["steps"] == 6
+    report = json.loads((finished / "report.json").read_text())
+    assert report["steps"] == 6
+    assert report["total_seconds"] > sum(report["seconds"].values())
 
 
 def test_damaged_files_are_named_and_the_run_goes_on(

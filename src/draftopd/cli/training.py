@@ -100,7 +100,7 @@ def run(config: DictConfig) -> TrainingReport:
         steps=trainer.global_step,
         tokens=module.tokens_seen,
         seconds=dict(module.clock.seconds),
-        total_seconds=time.perf_counter() - began,
+        total_seconds=time.perf_counter() - began + module.earlier_seconds,
         directory=str(directory),
         flops=module.flops(),
         test_tau=acceptance_length(list(module.tested.values()))[0],
