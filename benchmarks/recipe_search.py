@@ -1,0 +1,105 @@
+"""How the recipe was found: one change at a time, one seed, tau on validation prompts.
+
+    python benchmarks/recipe_search.py             # an hour and a half on two cores
+    python benchmarks/recipe_search.py --only-draw # the table from the results kept
+
+Every row goes on from the bundled drafter for five epochs of 256 new prompts, 512 replays each unless it says
+otherwise; then 256 prompts are validated. One seed: differences below about 0.02 mean nothing. Runs that have ended
+are not run again. Results go to benchmarks/results/recipe_search.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+from pathlib import Path
+
+from machine import keep
+from runs import RESULTS, side_by_side, train
+
+from draftopd.evaluation.runs import find
+
+KEPT = RESULTS / "recipe_search.json"
+
+COMMON = [
+    "validate_first=false", "data.validation_count=256", "trainer.max_epochs=5", "trainer.check_val_every_n_epoch=5",
+    "data.test_count=0", "module.count_flops=false", "seed=7",
+]  # fmt: skip
+SFT = ["experiment=plateau/sft"]
+FRESH = ["rollout=decode_free", "refresh.every_n_steps=1"]
+SMALL = ["data.batch_size=4", "data.batches_per_epoch=128"]
+TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
+ALIKE = ["loss.accepted_gamma=1.0"]
+
+#: What is tried, by the name of its run.
+ROWS = {
+    "sft": SFT,
+    "sft_b4": [*SFT, *SMALL],
+    "sft_b4_lr3": [*SFT, *SMALL, "module.learning_rate=3e-4"],
+    "sft_b4_lr30": [*SFT, *SMALL, "module.learning_rate=3e-3"],
+    "asym": FRESH,
+    "aps_null": [*FRESH, "data.anchors_per_sequence=null"],
+    "g1": [*FRESH, *ALIKE],
+    "b8": [*FRESH, "data.batch_size=8", "data.batches_per_epoch=64"],
+    "b4": [*FRESH, *SMALL],
+    "b4_g1": [*FRESH, *SMALL, *ALIKE],
+    "b4_g1_lr15": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=1.5e-3"],
+    "b4_g1_lr5": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=5e-3"],
+    "b2_g1": [*FRESH, *TINY, *ALIKE],
+    "b2_g1_lr15": [*FRESH, *TINY, *ALIKE, "module.learning_rate=1.5e-3"],
+    "b4_g1_r1": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=90", "data.prompts_per_refresh=360"],
+    "b4_g1_r4": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=160", "data.prompts_per_refresh=160"],
+    "fk_a3": [
+        *FRESH, "loss=forward_kl", "loss.teacher_temperature=0.05", "loss.accepted_weight=0.3",
+        "loss.accept_until_fail=true", "loss.gamma=0.8",
+    ],
+    "dp0": [*FRESH, "loss=d_pace", "loss.smoothing=0.0"],
+    "dp1": [*FRESH, "loss=d_pace", "loss.smoothing=0.1"],
+    "dp5": [*FRESH, "loss=d_pace", "loss.smoothing=0.5"],
+    "b4_reach": [*FRESH, *SMALL, "loss=reach"],
+    "b4_gain": [*FRESH, *SMALL, "loss=reach", "loss.future=true"],
+    "b4_e2e": [*FRESH, *SMALL, "loss=e2e_tv"],
+}  # fmt: skip
+
+
+def main() -> None:
+    options = parse()
+    if not options.only_draw:
+        texts = f"trajectories.store={options.runs.resolve() / 'texts'}"
+        side_by_side(
+            lambda name: train([*ROWS[name], *COMMON, texts], options.runs / name), options.rows, options.parallel
+        )
+        write(options)
+    draw(json.loads(KEPT.read_text())["rows"])
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
+    parser.add_argument("--runs", type=Path, default=Path("runs/recipe_search"))
+    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
+    parser.add_argument("--only-draw", action="store_true")
+    return parser.parse_args()
+
+
+def write(options: argparse.Namespace) -> None:
+    """Keep what the rows that have ended came to."""
+    ended = {
+        name: find([options.runs / name])[0].report for name in ROWS if (options.runs / name / "report.json").exists()
+    }
+    rows = [
+        {"row": name, "overrides": ROWS[name], "steps": report["steps"], "tau": round(report["tau_after"], 4)}
+        for name, report in ended.items()
+    ]
+    keep(argparse.Namespace(**vars(options), results=KEPT), {"common": COMMON, "rows": rows})
+
+
+def draw(rows: list[dict[str, object]]) -> None:
+    print("| `python train.py` ... | steps | tau, validation |\n|---|---:|---:|")
+    for row in rows:
+        print(f"| `{' '.join(ROWS[str(row['row'])])}` | {row['steps']} | {row['tau']:.3f} |")
+
+
+if __name__ == "__main__":
+    main()
