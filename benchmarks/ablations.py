@@ -60,9 +60,9 @@ def main() -> None:
         jobs = [job for sweep in SWEEPS for job in jobs_of(sweep, options.seeds)]
         first = {job.configuration: job for job in jobs[::-1]}
         places = {c: options.runs / job.sweep / f"{job.key}={job.value},seed={job.seed}" for c, job in first.items()}
-        wanted = {job.configuration for job in jobs if job.sweep in options.sweeps}
-        # Seed by seed, so that a stopped run has something of every value.
-        queue = sorted((job for c, job in first.items() if c in wanted), key=lambda job: job.seed)
+        # Seed by seed, the sweeps in the order given, so that a stopped run has something of every value.
+        wanted = [job.configuration for sweep in options.sweeps for job in jobs if job.sweep == sweep]
+        queue = sorted((first[c] for c in dict.fromkeys(wanted)), key=lambda job: job.seed)
         side_by_side(
             lambda job: train([*job.overrides, "hydra.mode=RUN"], places[job.configuration]), queue, options.parallel
         )
