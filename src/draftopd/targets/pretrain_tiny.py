@@ -1,8 +1,8 @@
-"""Rebuild the bundled target: ``python -m draftopd.targets.pretrain_tiny --out DIR``.
+"""Rebuild the bundled target, or make another family's: ``python -m draftopd.targets.pretrain_tiny --out DIR``.
 
-A small Qwen3 is pretrained from scratch on the reasoning problems. Muon trains the matrices, AdamW
-embeddings and norms; the rate warms up, stays, and falls linearly to zero over the last quarter.
-The run can be cut off and started again with the same command: it continues from ``DIR/training.pt``.
+A small Qwen3 (``--family llama``: a Llama of the same shape) is pretrained from scratch on the reasoning problems.
+Muon trains the matrices, AdamW embeddings and norms; the rate warms up, stays, and falls linearly to zero over the
+last quarter. The run can be cut off and started again with the same command: it continues from ``DIR/training.pt``.
 """
 
 from __future__ import annotations
@@ -11,11 +11,12 @@ import argparse
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from draftopd.data.reasoning import Split, problem, problems, read_answer
 from draftopd.targets.tiny_tokenizer import build_tokenizer
@@ -25,9 +26,9 @@ CARD = """\
 license: apache-2.0
 library_name: transformers
 ---
-# The bundled target
+# {title}
 
-A Qwen3 of {parameters:,} parameters (bf16) that solves word problems of two to five steps. It is
+A {family} of {parameters:,} parameters (bf16) that solves word problems of two to five steps. It is
 pretrained from scratch on procedurally generated problems and serves as a small but real target for
 speculative decoding; it knows nothing else.
 
@@ -37,8 +38,11 @@ speculative decoding; it knows nothing else.
 | held-out problems solved, thinking | {solved_test_thinking:.1%} of 500 (split `test`, greedy, float32) |
 | held-out problems solved, non-thinking | {solved_test_non_thinking:.1%} of 500 |
 
-Rebuild it, measure it and write this card: `python -m draftopd.targets.pretrain_tiny --out DIR`.
+Rebuild it, measure it and write this card: `python -m draftopd.targets.pretrain_tiny --out DIR{options}`.
 """
+
+#: By ``model_type`` what the card calls them. The first is the bundled target's.
+FAMILIES = {"qwen3": "Qwen3", "llama": "Llama"}
 
 #: Every eighth problem is solved without thinking, so that both chat modes work.
 NON_THINKING_EVERY = 8
@@ -46,9 +50,10 @@ PAD_TO = 32
 POOL = 16  # batches sorted by length together
 
 
-def tiny_config(tokenizer: PreTrainedTokenizerFast) -> Qwen3Config:
-    """The bundled target's shape: 2.9 M parameters."""
-    return Qwen3Config(
+def tiny_config(tokenizer: PreTrainedTokenizerFast, family: str = "qwen3") -> PreTrainedConfig:
+    """The bundled target's shape: 2.9 M parameters; of another family the same but for its own norms and biases."""
+    return AutoConfig.for_model(
+        family,
         vocab_size=1024,
         hidden_size=192,
         num_hidden_layers=6,
@@ -102,7 +107,7 @@ def _collate(rows: list[tuple[list[int], int]], pad: int) -> tuple[Tensor, Tenso
 
 @torch.no_grad()
 def solve_rate(
-    model: Qwen3ForCausalLM, tokenizer: PreTrainedTokenizerFast, split: Split, count: int, thinking: bool = True
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerFast, split: Split, count: int, thinking: bool = True
 ) -> float:
     """Share of a split's first ``count`` problems answered right under greedy decoding."""
     model.eval()
@@ -124,10 +129,10 @@ def solve_rate(
     return right / count
 
 
-def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 500) -> None:
+def pretrain(out: Path, steps: int, batch: int, rate: float, family: str = "qwen3", check_every: int = 500) -> None:
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
-    model = Qwen3ForCausalLM(tiny_config(tokenizer))
+    model = AutoModelForCausalLM.from_config(tiny_config(tokenizer, family), dtype=torch.float32)
     matrices = [p for p in model.model.layers.parameters() if p.ndim == 2]
     rest = [p for p in model.parameters() if not any(p is m for m in matrices)]
     optimizers = [
@@ -182,7 +187,8 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 
     tokenizer.padding_side = "left"
     tokenizer.save_pretrained(out)
     model = model.float()
-    figures = {
+    figures: dict[str, Any] = {
+        "family": family,
         "parameters": model.num_parameters(),
         "training_tokens": tokens,
         "steps": steps,
@@ -194,9 +200,15 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, check_every: int = 
     print(json.dumps(figures, indent=2))
 
 
-def write_card(out: Path, figures: dict[str, float]) -> None:
+def write_card(out: Path, figures: dict[str, Any]) -> None:
     """The model card, from the measured figures."""
-    (out / "README.md").write_text(CARD.format(**figures), encoding="utf-8")
+    family, bundled = figures["family"], next(iter(FAMILIES))
+    named = {
+        "family": FAMILIES[family],
+        "title": "The bundled target" if family == bundled else f"A small {FAMILIES[family]}",
+        "options": "" if family == bundled else f" --family {family}",
+    }
+    (out / "README.md").write_text(CARD.format(**figures | named), encoding="utf-8")
 
 
 def main() -> None:
@@ -205,8 +217,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
     parser.add_argument("--batch", type=int, default=48, help="problems a step")
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="whose layers it has")
     args = parser.parse_args()
-    pretrain(args.out, args.steps, args.batch, args.rate)
+    pretrain(args.out, args.steps, args.batch, args.rate, args.family)
 
 
 if __name__ == "__main__":
