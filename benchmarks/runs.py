@@ -26,7 +26,7 @@ def train(overrides: Iterable[str], directory: Path, threads: int | None = 1) ->
     """
     command = [sys.executable, str(ROOT / "train.py"), *overrides, "trainer.enable_progress_bar=false"]
     done = subprocess.run(
-        [*command, f"hydra.run.dir={directory}"], cwd=ROOT, capture_output=True, text=True, check=False,
+        [*command, f"hydra.run.dir='{directory}'"], cwd=ROOT, capture_output=True, text=True, check=False,
         env=os.environ | {"OMP_NUM_THREADS": str(threads)},
     )  # fmt: skip
     if done.returncode:
