@@ -1,6 +1,6 @@
 """How the recipe was found: one change at a time, one seed, tau on validation prompts.
 
-    python benchmarks/recipe_search.py             # an hour and a half on two cores
+    python benchmarks/recipe_search.py
     python benchmarks/recipe_search.py --only-draw # the table from the results kept
 
 Every row goes on from the bundled drafter for five epochs of 256 new prompts, 512 replays each unless it says

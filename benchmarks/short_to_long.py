@@ -1,6 +1,6 @@
 """Trained on the beginnings of texts, tested on whole ones: tau by place in the text, and what mends it.
 
-    python benchmarks/short_to_long.py              # three quarters of an hour on two cores
+    python benchmarks/short_to_long.py
     python benchmarks/short_to_long.py --only-draw  # figure and table from the results kept
 
 SFT makes a drafter from scratch that has seen no more than the first ``--short`` tokens of any response. From there:

@@ -37,9 +37,8 @@ def expected_length_share(confidence: Tensor, counted: Tensor, smoothing: float)
     Returns:
         ``[N, K]``: ``sum_{i>=k} prod_{j<=i} c_j``, 0 at slots that do not count.
     """
-    smooth = torch.where(counted, (1 - smoothing) * confidence + smoothing, torch.ones_like(confidence))
-    reach = smooth.cumprod(-1) * counted
-    return reach.flip(-1).cumsum(-1).flip(-1) * counted
+    smooth = (1 - smoothing) * confidence + smoothing
+    return smooth * marginal_gain(smooth, counted)
 
 
 def reach(confidence: Tensor, counted: Tensor) -> Tensor:
