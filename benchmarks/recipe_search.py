@@ -4,7 +4,7 @@
     python benchmarks/recipe_search.py --only-draw # the table from the results kept
 
 Every row goes on from the bundled drafter for five epochs of 256 new prompts, 512 replays each unless it says
-otherwise; then 256 prompts are validated. One seed: differences below about 0.02 mean nothing. Runs that have ended
+otherwise; then 256 prompts are validated. One seed: small differences mean nothing. Runs that have ended
 are not run again. Results go to benchmarks/results/recipe_search.json.
 """
 
