@@ -25,7 +25,7 @@ from hydra import compose, initialize_config_dir
 from machine import keep
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from runs import RESULTS, ROOT, interval, side_by_side, train
+from runs import RESULTS, ROOT, interval, save, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find
@@ -33,7 +33,6 @@ from draftopd.evaluation.seeds import gain, tau
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
 REPORTED = ("steps", "tokens", "tau_after", "test_tau")
-FIGURE = ROOT / "docs" / "figures" / "ablations.svg"
 
 
 class Job(NamedTuple):
@@ -152,7 +151,7 @@ def draw(content: dict[str, Any]) -> None:
     for panel in panels[len(sweeps) :]:
         panel.set_axis_off()
     figure.supxlabel("test tau, 95 % interval; a stroke a seed; black: the default", fontsize=9)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    save(figure, "ablations")
     print("| sweep | value | tau by seed | tau [95 %] | over the default |\n|---|---|---|---:|---:|")
     for row in content["rows"]:
         seeds = ", ".join(f"{value:.3f}" for value in row["tau_by_seed"].values())

@@ -3,6 +3,7 @@
     python benchmarks/plateau.py                       # from the bundled drafter
     python benchmarks/plateau.py --from-scratch        # from a drafter that SFT first takes to its plateau
     python benchmarks/plateau.py --study recipe        # the best recipe found, beside SFT in batches as small
+    python benchmarks/plateau.py --target DIR          # another target, from scratch; DIR's name goes into the results'
     python benchmarks/plateau.py --seeds 0 --epochs 2  # a look
     python benchmarks/plateau.py --only-draw           # figure and table from the results kept
 
@@ -28,7 +29,7 @@ from typing import Any, NamedTuple
 from machine import keep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, interval, scalars, side_by_side, train
+from runs import RESULTS, interval, save, scalars, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import Run, find, rows, write_csv
@@ -67,10 +68,12 @@ STUDIES = {
 def main() -> None:
     options = parse()
     if not options.only_draw:
-        given = [f"drafter.checkpoint={sft(options)}"] if options.from_scratch else []
+        given = [f"target.path={options.target.resolve()}"] if options.target else []
+        if options.from_scratch:
+            given.append(f"drafter.checkpoint={sft(given, options)}")
         train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], options.runs / "start")
         write({equal: run_all(equal, given, options) for equal in STUDIES[options.study].equal}, options)
-    draw(json.loads((RESULTS / f"{options.study}.json").read_text()), options.study)
+    draw(json.loads((RESULTS / f"{options.name}.json").read_text()), options)
 
 
 def parse() -> argparse.Namespace:
@@ -78,19 +81,24 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--study", choices=STUDIES, default="plateau")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of 512 replays; default: the study's")
-    parser.add_argument("--runs", type=Path, default=Path("runs/plateau"))
+    parser.add_argument("--target", type=Path, help="a directory in Hugging Face layout; default: the bundled target")
+    parser.add_argument("--runs", type=Path, help="default: runs/plateau, of another target runs/plateau_NAME")
     parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
-    parser.add_argument("--from-scratch", action="store_true")
+    parser.add_argument("--from-scratch", action="store_true", help="always so for another target")
     parser.add_argument("--only-draw", action="store_true")
     options = parser.parse_args()
     options.epochs = options.epochs or STUDIES[options.study].epochs
+    of_target = f"_{options.target.name}" if options.target else ""
+    options.name = options.study + of_target
+    options.from_scratch |= bool(of_target)
+    options.runs = options.runs or Path(f"runs/plateau{of_target}")
     return options
 
 
-def sft(options: argparse.Namespace) -> Path:
+def sft(given: list[str], options: argparse.Namespace) -> Path:
     """The drafter that SFT has taken to its plateau."""
     directory = options.runs.resolve() / "from_scratch"
-    return train(["experiment=bundled_drafter"], directory, threads=os.cpu_count()) / "drafter"
+    return train(["experiment=bundled_drafter", *given], directory, threads=os.cpu_count()) / "drafter"
 
 
 def run_all(equal: str, given: list[str], options: argparse.Namespace) -> dict[str, int]:
@@ -134,7 +142,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
     arms = {(arm, epochs) for epochs_of in plan.values() for arm, epochs in epochs_of.items()}
     kept = [place(options, arm, epochs, seed) for arm, epochs in sorted(arms) for seed in options.seeds]
     runs = find([options.runs / "start", *kept])
-    with (RESULTS / f"{options.study}.csv").open("w", newline="", encoding="utf-8") as file:
+    with (RESULTS / f"{options.name}.csv").open("w", newline="", encoding="utf-8") as file:
         write_csv(rows(runs), file)
     (start,), control_arm = find([options.runs / "start"]), STUDIES[options.study].control
     content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
@@ -155,7 +163,7 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
                 "over_control": None if arm == control_arm else interval(gain(tested, control)),
                 "curves": [curve(run, start.report["tau_before"], counted) for run in of_arm.values()],
             })  # fmt: skip
-    keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.study}.json"), content)
+    keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.name}.json"), content)
 
 
 def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]]:
@@ -171,9 +179,9 @@ def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]
     return points
 
 
-def draw(content: dict[str, Any], study: str) -> None:
+def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
     """Validation tau by steps and by operations, test tau with its intervals; and the table."""
-    arms, equal = STUDIES[study][:2]
+    arms, equal = STUDIES[options.study][:2]
     x_of = {"steps": (0, "optimizer steps"), "compute": (1, "TFLOP, rollouts included")}
     first = ["sft"] if "sft" in content and "steps" in equal else []
     widths = [1.0] * (len(first) + len(equal)) + [0.3 * len(arms)]
@@ -204,7 +212,7 @@ def draw(content: dict[str, Any], study: str) -> None:
     test.set_xticks(range(len(arms)), names, fontsize=8)
     handles = panels[equal[0]].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(arms), frameon=False)
-    figure.savefig(ROOT / "docs" / "figures" / f"{study}.svg", metadata={"Date": None})
+    save(figure, options.name)
     print(table(content))
 
 

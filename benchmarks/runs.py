@@ -1,4 +1,4 @@
-"""Training runs as processes of their own, and what their logs say."""
+"""Training runs as processes of their own, what their logs say, and where figures go."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
 
+import matplotlib
+from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).parents[1]
@@ -51,3 +53,9 @@ def scalars(directory: Path, name: str) -> list[tuple[int, float]]:
 def interval(found: Sequence[float]) -> list[float]:
     """A figure and its interval, as results keep them."""
     return [round(value, 5) for value in found]
+
+
+def save(figure: Figure, name: str) -> None:
+    """Keep a figure for the documentation; the same data give the same file."""
+    with matplotlib.rc_context({"svg.hashsalt": "draftopd"}):
+        figure.savefig(ROOT / "docs" / "figures" / f"{name}.svg", metadata={"Date": None})

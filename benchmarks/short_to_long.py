@@ -23,14 +23,13 @@ from typing import Any
 
 from machine import keep
 from matplotlib.figure import Figure
-from runs import RESULTS, ROOT, interval, side_by_side, train
+from runs import RESULTS, interval, save, side_by_side, train
 
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.runs import find
 from draftopd.evaluation.seeds import gain, tau
 
 KEPT = RESULTS / "short_to_long.json"
-FIGURE = ROOT / "docs" / "figures" / "short_to_long.svg"
 
 #: Linear scaling of the short drafter's positions: those of whole texts fall among the ones it has seen.
 SCALES = (2, 4)
@@ -143,7 +142,7 @@ def draw(content: dict[str, Any]) -> None:
     panel.set(xlabel=f"token of the response (bins of {WIDTH})", ylabel="tau, test, 95 % interval")
     panel.spines[["top", "right"]].set_visible(False)
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
-    figure.savefig(FIGURE, metadata={"Date": None})
+    save(figure, "short_to_long")
     print("| drafter | seeds | tau within | beyond | all | beyond, over SFT on beginnings |")
     print("|---|---:|---:|---:|---:|---:|")
     for row in content["rows"]:
