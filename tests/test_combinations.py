@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
@@ -33,9 +33,11 @@ STEPS = 12
 
 def make_loss(name: str, stage: str) -> Loss:
     """The loss as configured; in SFT, where it distils, on the recorded text."""
-    config = OmegaConf.load(ROOT / "configs" / "loss" / f"{name}.yaml")
-    if stage == "sft" and "teacher_on" in config:
-        config.teacher_on = "recorded"
+    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+        config = compose("train", [f"loss={name}"]).loss
+    for part in (config, config.get("first", {}), config.get("second", {})):
+        if stage == "sft" and "teacher_on" in part:
+            part.teacher_on = "recorded"
     return instantiate(config)
 
 

@@ -130,6 +130,7 @@ class DraftModule(L.LightningModule):
         self._shards: Shards | None = None
         self._validating = ExitStack()
         self._step = _Step()
+        self._all_steps = 1
         #: Set in any rank of several: all end after the step in flight.
         self.stop_asked = False
         #: Held-out micro tau before training and at the last validation; NaN where there was none.
@@ -177,6 +178,7 @@ class DraftModule(L.LightningModule):
             )  # fmt: skip
         while measured:
             self._measure(measured.pop())
+        self.loss.progress = self.global_step / self._all_steps
         with self.clock("loss"):
             output = self.loss(blocks)
         self._note(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
@@ -387,7 +389,7 @@ class DraftModule(L.LightningModule):
         optimizer = torch.optim.AdamW(
             self.drafter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
         )
-        total = max(1, int(self.trainer.estimated_stepping_batches))
+        total = self._all_steps = max(1, int(self.trainer.estimated_stepping_batches))
         rise = max(1, round(self.warmup * total))
 
         def factor(step: int) -> float:

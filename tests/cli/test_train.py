@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tests.cli.conftest import ROOT, SMALL, Script
 from tests.conftest import KINDS
 from tests.faults import flip, flip_weights
@@ -39,6 +40,12 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chat_targets: dict[str, s
     assert done.returncode == 0, done.stderr
     assert "Training report" in done.stdout and "held-out tau before" in done.stdout
     return directory
+
+
+def events(run: Path) -> EventAccumulator:
+    found = EventAccumulator(str(run / "tensorboard"))
+    found.Reload()
+    return found
 
 
 def test_a_run_leaves_everything(finished: Path) -> None:
@@ -81,11 +88,7 @@ def test_the_target_is_in_no_checkpoint(finished: Path) -> None:
 
 
 def test_tensorboard_holds_scalars_histogram_and_text(finished: Path) -> None:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(finished / "tensorboard"))
-    events.Reload()
-    tags = events.Tags()
+    tags = events(finished).Tags()
     assert {"val/tau", "val/tau_macro", "rollout/tau", "val/acceptance_position_1"} <= set(tags["scalars"])
     assert "val/rejection_position" in tags["histograms"]
     assert any(tag.startswith("drafts/prompt_0") for tag in tags["tensors"])
@@ -186,11 +189,16 @@ def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str], script: 
 def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
     tmp_path: Path, chat_targets: dict[str, str], script: Script
 ) -> None:
-    """Ctrl-C after the first step, SIGTERM in a later one; the same command in the end gives the same weights."""
+    """Ctrl-C after the first step, SIGTERM in a later one; the same command in the end gives the same weights.
+
+    So does a loss that depends on how far training has come.
+    """
     common = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3"]
-    common += ["data.prompts_per_refresh=24"]
+    common += ["data.prompts_per_refresh=24", "loss=blend", "trainer.log_every_n_steps=1"]
     whole = script("train.py", *common, f"hydra.run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
+    shares = [event.value for event in events(tmp_path / "whole").Scalars("train/loss_share")]
+    assert shares == pytest.approx([step / 18 for step in range(18)])
     directory = tmp_path / "broken"
     last = directory / "checkpoints" / "last.ckpt"
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}

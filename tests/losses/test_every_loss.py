@@ -19,6 +19,7 @@ from draftopd.losses import chunked
 from draftopd.losses.acceptance import LK, E2ETotalVariation, TotalVariation
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss, StreamLoss, Teacher
+from draftopd.losses.blend import Blend
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.cross_entropy import CrossEntropy, DPace, Reach
 from draftopd.losses.divergence import jensen_shannon, k3, keep_top_k, log_overlap, overlap, two_outcome_kl
@@ -349,6 +350,7 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
         lambda: CrossEntropy(accepted_weight=0.0, rejected_weight=0.0),
         lambda: ForwardKL(teacher_on="nothing"),  # type: ignore[arg-type]
         lambda: E2ETotalVariation(teacher_on="nothing"),  # type: ignore[arg-type]
+        lambda: Blend(ForwardKL(), ReverseKL(), end=1.5),
     ],
 )
 def test_wrong_options_are_refused(build: Callable[[], Loss]) -> None:
@@ -370,3 +372,27 @@ def test_weights_by_confidence_are_gradients_of_the_expected_length() -> None:
     torch.testing.assert_close(expected_length_share(sure, counted, 0.0), gradient * sure)
     loss = Reach(future=True).importance(None, -sure.log(), counted)  # type: ignore[arg-type]
     torch.testing.assert_close(loss, gradient)
+
+
+def test_a_blend_goes_from_the_one_loss_to_the_other() -> None:
+    blocks, first = make_blocks(), Blend(ForwardKL(), CrossEntropy())
+    loss = Blend(first, ReverseKL(teacher_top_k=4), begin=0.2, end=0.8)
+    values = [part(blocks).loss.item() for part in (ForwardKL(), CrossEntropy(), ReverseKL(teacher_top_k=4))]
+    for progress in (0.0, 0.25, 0.9):
+        loss.progress = progress
+        out, share = loss(blocks), 0.2 + 0.6 * progress
+        inner = (1 - progress) * values[0] + progress * values[1]
+        assert out.loss.item() == pytest.approx((1 - share) * inner + share * values[2])
+        assert [out.parts[name].item() for name in ("share", "first_share")] == pytest.approx([share, progress])
+        assert "second_teacher_mass_outside_top_k" in out.parts
+
+
+def test_a_blend_asks_the_target_for_all_that_its_losses_need() -> None:
+    until_fail, proposals = ForwardKL(accept_until_fail=True), ForwardKL()
+    recorded, none = ForwardKL(teacher_on="recorded"), CrossEntropy()
+    assert Blend(until_fail, none).teacher == "until_fail"
+    assert Blend(until_fail, proposals).teacher == "proposals"
+    assert Blend(none, recorded).teacher == "recorded" and Blend(none, none).teacher == "none"
+    assert Blend(none, ForwardKL()).uses_proposals and not Blend(none, none).uses_proposals
+    with pytest.raises(ValueError, match="same text"):
+        Blend(recorded, proposals)

@@ -44,11 +44,13 @@ LEAST_LOG_P = -1e6
 
 
 class Loss(ABC):
-    """A pure function of replayed blocks."""
+    """A function of replayed blocks, and of nothing else but how far training has come."""
 
     teacher: TeacherScope = "proposals"
     #: Whether it depends on what the drafter proposed; where not, a step need not find that out.
     uses_proposals = True
+    #: Share of all optimizer steps that are done, in [0, 1); set before each.
+    progress = 0.0
 
     @abstractmethod
     def __call__(self, blocks: Blocks) -> LossOutput: ...
