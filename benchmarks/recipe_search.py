@@ -31,6 +31,9 @@ FRESH = ["rollout=decode_free", "refresh.every_n_steps=1"]
 SMALL = ["data.batch_size=4", "data.batches_per_epoch=128"]
 TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
 ALIKE = ["loss.accepted_gamma=1.0"]
+#: From the recipe's loss to another, in a straight line.
+TO = ["loss=blend", "loss@loss.first=asymmetric_kl", "loss.first.accepted_gamma=1.0"]
+TO_REVERSE = ["loss@loss.second=reverse_kl", "loss.second.include_correction=true", "loss.second.normalization=stream"]
 
 #: What is tried, by the name of its run.
 ROWS = {
@@ -60,6 +63,12 @@ ROWS = {
     "b4_reach": [*FRESH, *SMALL, "loss=reach"],
     "b4_gain": [*FRESH, *SMALL, "loss=reach", "loss.future=true"],
     "b4_e2e": [*FRESH, *SMALL, "loss=e2e_tv"],
+    "b4_to_rkl": [*FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0"],
+    "b4_to_rkl_all": [*FRESH, *SMALL, *TO, *TO_REVERSE],
+    "b4_curriculum": [
+        *FRESH, *SMALL, *TO, "loss@loss.second=asymmetric_kl", "loss.first.accepted_gamma=0.5",
+        "loss.second.accepted_gamma=1.0",
+    ],
 }  # fmt: skip
 
 
