@@ -145,7 +145,7 @@ def draw(content: dict[str, Any]) -> None:
             panel.plot(list(row["tau_by_seed"].values()), [y + 0.25] * len(row["tau_by_seed"]), "|", color=colour)
         panel.set_yticks(range(len(rows)), [row["value"] for row in rows], fontsize=8)
         panel.set(ylim=(len(rows) - 0.4, -0.6))
-        panel.set_title(rows[0]["key"], fontsize=9)
+        panel.set_title(rows[0]["sweep"], fontsize=9)
         panel.tick_params(axis="x", labelsize=8)
         panel.spines[["top", "right"]].set_visible(False)
     for panel in panels[len(sweeps) :]:
