@@ -129,7 +129,14 @@ def solve_rate(
     return right / count
 
 
-def pretrain(out: Path, steps: int, batch: int, rate: float, family: str = "qwen3", check_every: int = 500) -> None:
+def pretrain(
+    out: Path, steps: int, batch: int, rate: float, family: str, options: str = "", check_every: int = 500
+) -> None:
+    """Train, test, and write model and card.
+
+    Args:
+        options: what was asked for beside ``--out``, for the card.
+    """
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
     model = AutoModelForCausalLM.from_config(tiny_config(tokenizer, family), dtype=torch.float32)
@@ -189,6 +196,7 @@ def pretrain(out: Path, steps: int, batch: int, rate: float, family: str = "qwen
     model = model.float()
     figures: dict[str, Any] = {
         "family": family,
+        "options": options,
         "parameters": model.num_parameters(),
         "training_tokens": tokens,
         "steps": steps,
@@ -206,7 +214,6 @@ def write_card(out: Path, figures: dict[str, Any]) -> None:
     named = {
         "family": FAMILIES[family],
         "title": "The bundled target" if family == bundled else f"A small {FAMILIES[family]}",
-        "options": "" if family == bundled else f" --family {family}",
     }
     (out / "README.md").write_text(CARD.format(**figures | named), encoding="utf-8")
 
@@ -219,7 +226,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
     parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="whose layers it has")
     args = parser.parse_args()
-    pretrain(args.out, args.steps, args.batch, args.rate, args.family)
+    other = {k: v for k, v in vars(args).items() if k != "out" and v != parser.get_default(k)}
+    pretrain(**vars(args), options="".join(f" --{name} {value}" for name, value in other.items()))
 
 
 if __name__ == "__main__":
