@@ -119,8 +119,9 @@ def run_jobs(jobs: list[tuple[int, str, int]], given: list[str], options: argpar
     def one(job: tuple[int, str, int]) -> None:
         seed, arm, epochs = job
         counted = seed == options.seeds[0]
-        # Where rollouts are counted each run makes its own.
-        shared = [] if counted else [f"trajectories.store={options.runs.resolve() / 'texts'}"]
+        # Where rollouts are counted each run makes its own; a speculative one always does.
+        alone = counted or arm == "opd"
+        shared = [] if alone else [f"trajectories.store={options.runs.resolve() / 'texts'}"]
         overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs}", *given]
         train([*overrides, f"module.count_flops={counted}", *shared], place(options, arm, epochs, seed))
 

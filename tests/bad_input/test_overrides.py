@@ -21,6 +21,7 @@ from draftopd.errors import ConfigError, DrafterError
 #: Overrides that are refused before Hydra begins, so that nothing of them is written.
 OVERRIDES = {
     "group option unknown": ("target=qwen3_99b", "target=qwen3_99b does not exist: did you mean 'qwen3_"),
+    "option at a place unknown": ("loss@loss.first=reach_", "loss@loss.first=reach_ does not exist: did you mean"),
     "group unknown": ("los=asymmetric_kl", "los is no configuration key: did you mean 'loss"),
     "group option misspelt": ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
     "group null": ("logger=null", "write ~logger"),

@@ -194,7 +194,7 @@ def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
     So does a loss that depends on how far training has come.
     """
     common = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3"]
-    common += ["data.prompts_per_refresh=24", "loss=blend", "trainer.log_every_n_steps=1"]
+    common += ["data.prompts_per_refresh=24", "trainer.log_every_n_steps=1", "loss=blend", "loss@loss.second=jsd"]
     whole = script("train.py", *common, f"hydra.run.dir={tmp_path / 'whole'}")
     assert whole.returncode == 0, whole.stderr
     shares = [event.value for event in events(tmp_path / "whole").Scalars("train/loss_share")]

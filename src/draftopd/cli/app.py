@@ -84,16 +84,18 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
     from draftopd.cli.secrets import exposed
 
     groups = {path.name for path in configs.iterdir() if path.is_dir()}
-    chosen = [o for o in overrides if o.split("=")[0].lstrip("+~") in groups]
+    # A group's option may go to another place than the group's own: GROUP@PLACE=OPTION.
+    chosen = [o for o in overrides if re.split("[@=]", o)[0].lstrip("+~") in groups]
     for override in chosen:
-        group, _, option = override.lstrip("+~").partition("=")
+        place, _, option = override.lstrip("+~").partition("=")
+        group = place.partition("@")[0]
         options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
         if option == "null":
-            return f"{group}=null is not Hydra's way: write ~{group} to leave the group out."
+            return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
         several = option.startswith("[") and option.endswith("]")
         for part in option[1:-1].split(",") if several else [option]:
             if part.strip() and part.strip() not in options and (several or "," not in part):
-                return f"{group}={option} does not exist: {nearest(part.strip(), options)}"
+                return f"{place}={option} does not exist: {nearest(part.strip(), options)}"
     for override in overrides:
         try:
             OverridesParser.create().parse_override(override)
