@@ -17,7 +17,7 @@ import csv
 import json
 import os
 from collections.abc import Mapping, Sequence
-from itertools import groupby, product
+from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -132,8 +132,9 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
 
 
 def draw(content: dict[str, Any]) -> None:
-    """A panel a sweep; and the table."""
+    """A panel a sweep, and the table; of sweeps of which more than one value was run."""
     sweeps = [list(rows) for _, rows in groupby(content["rows"], key=lambda row: row["sweep"])]
+    sweeps = [rows for rows in sweeps if len(rows) > 1]
     columns = 3
     figure = Figure(figsize=(3.4 * columns, 2.1 * -(-len(sweeps) // columns)), layout="constrained")
     panels = list(figure.subplots(-(-len(sweeps) // columns), columns, squeeze=False).flat)
@@ -153,7 +154,7 @@ def draw(content: dict[str, Any]) -> None:
     figure.supxlabel("test tau, 95 % interval; a stroke a seed; black: the default", fontsize=9)
     save(figure, "ablations")
     print("| sweep | value | tau by seed | tau [95 %] | over the default |\n|---|---|---|---:|---:|")
-    for row in content["rows"]:
+    for row in chain.from_iterable(sweeps):
         seeds = ", ".join(f"{value:.3f}" for value in row["tau_by_seed"].values())
         what, over = f"`{row['key']}={row['value']}`", row["over_default"]
         value, low, high = row["tau"]
