@@ -31,6 +31,7 @@ FRESH = ["rollout=decode_free", "refresh.every_n_steps=1"]
 SMALL = ["data.batch_size=4", "data.batches_per_epoch=128"]
 TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
 ALIKE = ["loss.accepted_gamma=1.0"]
+LONGER, LONGEST = ["drafter.block_size=12"], ["drafter.block_size=16"]
 #: From the recipe's loss to another, in a straight line.
 TO = ["loss=blend", "loss@loss.first=asymmetric_kl", "loss.first.accepted_gamma=1.0"]
 TO_REVERSE = ["loss@loss.second=reverse_kl", "loss.second.include_correction=true", "loss.second.normalization=stream"]
@@ -41,6 +42,8 @@ ROWS = {
     "sft_b4": [*SFT, *SMALL],
     "sft_b4_lr3": [*SFT, *SMALL, "module.learning_rate=3e-4"],
     "sft_b4_lr30": [*SFT, *SMALL, "module.learning_rate=3e-3"],
+    "sft_b4_k12": [*SFT, *SMALL, *LONGER],
+    "sft_b4_k16": [*SFT, *SMALL, *LONGEST],
     "asym": FRESH,
     "aps_null": [*FRESH, "data.anchors_per_sequence=null"],
     "g1": [*FRESH, *ALIKE],
@@ -49,6 +52,8 @@ ROWS = {
     "b4_g1": [*FRESH, *SMALL, *ALIKE],
     "b4_g1_lr15": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=1.5e-3"],
     "b4_g1_lr5": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=5e-3"],
+    "b4_g1_k12": [*FRESH, *SMALL, *ALIKE, *LONGER],
+    "b4_g1_k16": [*FRESH, *SMALL, *ALIKE, *LONGEST],
     "b2_g1": [*FRESH, *TINY, *ALIKE],
     "b2_g1_lr15": [*FRESH, *TINY, *ALIKE, "module.learning_rate=1.5e-3"],
     "b4_g1_r1": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=90", "data.prompts_per_refresh=360"],

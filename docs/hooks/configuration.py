@@ -268,7 +268,8 @@ def _link(entry: str, group: str) -> str:
     if not names:  # another option of the same group
         return f"[`{group}={entry}`](#{group}-{entry})"
     shown = f"[{names}]" if "," in names else names
-    return f"[`{chosen}={shown}`]({chosen}.md#{chosen}-{names.split(',')[0]})"
+    chosen, at, place = chosen.partition("@")  # the place is relative to the group's own
+    return f"[`{chosen}{at}{f'{group}.{place}' if at else ''}={shown}`]({chosen}.md#{chosen}-{names.split(',')[0]})"
 
 
 def _code(text: str) -> str:
