@@ -7,38 +7,26 @@ from pathlib import Path
 
 import pytest
 import torch
-from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
-from draftopd.losses.base import Loss
 from draftopd.replay import ReplayBatch, replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.targets.target import Target
 from tests.cli.conftest import ROOT
+from tests.losses.configured import LOSSES, loss_config
 from tests.test_replay import as_batch
 
 DRAFTERS = ("dflash", "eagle3_reduced", "mtp")
-LOSSES = tuple(sorted(path.stem for path in (ROOT / "configs" / "loss").glob("*.yaml")))
 RULES: dict[str, tuple[Sampling, Verification]] = {
     "greedy": (Sampling(), "rejection_sampling"),
     "rejection_sampling": (Sampling(1.0, top_p=0.95), "rejection_sampling"),
     "target_only": (Sampling(1.0, top_p=0.95), "target_only"),
 }
 STEPS = 12
-
-
-def make_loss(name: str, stage: str) -> Loss:
-    """The loss as configured; in SFT, where it distils, on the recorded text."""
-    with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
-        config = compose("train", [f"loss={name}"]).loss
-    for part in (config, config.get("first", {}), config.get("second", {})):
-        if stage == "sft" and "teacher_on" in part:
-            part.teacher_on = "recorded"
-    return instantiate(config)
 
 
 def texts(target: Target, drafter: Drafter, rule: str, stage: str) -> ReplayBatch:
@@ -64,7 +52,7 @@ def test_each_combination_learns(
     drafts: str, name: str, stage: str, rule: str, target: Target, make_any: Callable[..., Drafter]
 ) -> None:
     """A few steps on one batch lower its loss; every weight has part in it."""
-    drafter, loss = make_any(drafts, target), make_loss(name, stage)
+    drafter, loss = make_any(drafts, target), instantiate(loss_config(name, stage == "sft"))
     sampling, verification = RULES[rule]
     batch = texts(target, drafter, rule, stage)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
@@ -92,7 +80,7 @@ def test_each_drafter_is_lossless_after_learning(drafts: str, target: Target, ma
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     for _ in range(60):
         optimizer.zero_grad()
-        loss = make_loss("cross_entropy", "opd")
+        loss = instantiate(loss_config("cross_entropy"))
         loss(replay(target, drafter, batch, Sampling(), frozenset(), loss.teacher)).loss.backward()
         optimizer.step()
     prompts = [ids[:start].tolist() for ids, start in zip(batch.ids, batch.starts.tolist(), strict=True)]

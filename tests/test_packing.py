@@ -11,14 +11,13 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
-from omegaconf import OmegaConf
 from torch import Tensor
 
 from draftopd.data.replay_datamodule import ReplayDataModule, ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
 from draftopd.errors import TargetError
-from draftopd.losses.base import Loss, TeacherScope
+from draftopd.losses.base import TeacherScope
 from draftopd.losses.blocks import Blocks
 from draftopd.packing import pack
 from draftopd.replay import ReplayBatch, replay
@@ -27,11 +26,10 @@ from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.fresh import FreshAnchors
 from draftopd.rollout.walk import Walker
 from draftopd.targets.target import Target
-from tests.cli.conftest import ROOT
 from tests.conftest import DRAFTERS, KINDS
+from tests.losses.configured import LOSSES, loss_config
 
 MakeDrafter = Callable[..., Drafter]
-LOSSES = tuple(sorted(path.stem for path in (ROOT / "configs" / "loss").glob("*.yaml")))
 CAPACITY = 60
 
 
@@ -126,13 +124,6 @@ def test_packed_blocks_are_the_same_with_every_target(
     same(found, expected, order(plain, packed))
 
 
-def make_loss(name: str, recorded: bool) -> Loss:
-    config = OmegaConf.load(ROOT / "configs" / "loss" / f"{name}.yaml")
-    if recorded and "teacher_on" in config:
-        config.teacher_on = "recorded"
-    return instantiate(config)
-
-
 @pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("choice", ["visited", "random"])
 def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, target_dirs, make_any: MakeDrafter) -> None:
@@ -142,7 +133,7 @@ def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, targ
     target.tap(drafter.target_layer_ids)
     both = batches(records(), choice)
     for name in LOSSES:
-        loss = make_loss(name, choice == "random")
+        loss = instantiate(loss_config(name, choice == "random"))
         values = [
             loss(
                 replay(target, drafter, batch, Sampling(), frozenset({5}), loss.teacher, propose=loss.uses_proposals)

@@ -2,25 +2,23 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
+from omegaconf import OmegaConf
 from tests.cli.conftest import ROOT
+from tests.losses.configured import LOSSES, loss_config
 
 from draftopd.cli.check import _locate, _parameters, check
 from draftopd.cli.training import check_sharding
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
 
-LOSSES = sorted((ROOT / "configs" / "loss").glob("*.yaml"))
 
-
-@pytest.mark.parametrize("path", LOSSES, ids=lambda path: path.stem)
-def test_losses(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
+@pytest.mark.parametrize("name", LOSSES)
+def test_losses(name: str) -> None:
+    config = OmegaConf.to_container(loss_config(name))
     check(config, "loss")
     names, _, open_ended = _parameters(_locate(config["_target_"], "loss"))
     assert set(config) - {"_target_"} == names and not open_ended

@@ -2,32 +2,31 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
-import yaml
 from hydra.utils import instantiate
-from tests.cli.conftest import ROOT
 from tests.conftest import KINDS, small_model
+from tests.losses.configured import LOSSES, loss_config
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
+from draftopd.losses.base import Loss
+from draftopd.losses.blend import Blend
 from draftopd.losses.blocks import Blocks
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.cross_entropy import CrossEntropy
+from draftopd.losses.kl import JSD, ForwardKL
 from draftopd.planning import work
 from draftopd.planning.activations import linear, norm
 from draftopd.planning.measure import _peaks, decoding_peak, step_peaks
 from draftopd.planning.memory import (
-    KL_COPIES,
-    LOSS_COPIES,
     Decoding,
     Sharing,
     by_moment,
     decoding,
+    loss_copies,
     resident,
     training_step,
 )
@@ -116,7 +115,7 @@ def test_a_step_is_planned_within_a_tenth(kind: str, bfloat16: bool, checkpointi
     drafter.activation_checkpointing = checkpointing
     measured = step_peaks(target, drafter, batch, ForwardKL(), bfloat16)
     step = Step(
-        2, 384, 48, 4, 2 if bfloat16 else 4, ForwardKL().teacher, KL_COPIES, checkpointing=checkpointing
+        2, 384, 48, 4, 2 if bfloat16 else 4, ForwardKL().teacher, loss_copies(ForwardKL()), checkpointing=checkpointing
     )  # fmt: skip
     planned = by_moment(training_step(TargetSize.of(target, target.dtype.itemsize), DrafterSize.of(drafter), step))
     assert max(planned.values()) == pytest.approx(measured[""], rel=0.1)
@@ -131,12 +130,17 @@ def test_decoding_is_planned_within_a_tenth() -> None:
     assert planned == pytest.approx(decoding_peak(target, drafter, prompts, 16), rel=0.1)
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs" / "loss").glob("*.yaml")), ids=lambda path: path.stem)
-def test_losses_hold_the_copies_that_are_planned(path: Path) -> None:
-    config = yaml.safe_load(path.read_text())
+def equally_weighted(name: str) -> Loss:
+    config = loss_config(name)
     if "rejected_weight" in config:
-        config["rejected_weight"] = 1.0
-    loss = instantiate(config)
+        config.rejected_weight = 1.0
+    return instantiate(config)
+
+
+@pytest.mark.parametrize(
+    "loss", [*map(equally_weighted, LOSSES), Blend(CrossEntropy(), JSD())], ids=[*LOSSES, "blend_with_jsd"]
+)
+def test_losses_hold_the_copies_that_are_planned(loss: Loss) -> None:
     head = nn.Linear(8, 20_000, bias=False).requires_grad_(False)
     tokens, every = torch.zeros(16, 4, dtype=torch.long), torch.ones(16, 4, dtype=torch.bool)
     states = torch.randn(2, 16, 4, 8)
@@ -145,6 +149,6 @@ def test_losses_hold_the_copies_that_are_planned(path: Path) -> None:
         every,
     )  # fmt: skip
     copies = _peaks(lambda: loss(blocks).loss)[""] / (tokens.numel() * 20_000 * 4)
-    planned = LOSS_COPIES.get(type(loss).__name__, KL_COPIES)
+    planned = loss_copies(loss)
     assert copies <= planned + 0.1
     assert type(loss).__name__ in ("SampledKL", "AsymmetricKL") or copies > planned - 0.5  # a part of the slots alone
