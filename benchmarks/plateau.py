@@ -10,8 +10,8 @@
 Every arm goes on from the same SFT drafter on the same stream of new prompts (``configs/experiment/plateau``), with as
 many optimizer steps; then once more with as many operations as Draft-OPD took, rollouts included. The recipe's study
 has equal operations alone: its smaller batches make more steps of the same replays. Each run is tested once, at its
-end, on 500 held-out problems. Operations are counted in the runs of the first seed only: counting slows decoding
-down by about two fifths, and the seeds' texts are alike in length. A run that has ended is not run again, so the same
+end, on 500 held-out problems. Operations are counted over a first epoch of each arm: counting slows decoding down by
+about two fifths, and an epoch takes about as many as the next. A run that has ended is not run again, so the same
 command goes on where it was stopped. Results go to benchmarks/results/STUDY.csv (a row a run) and STUDY.json (curves,
 intervals, machine), the figure to docs/figures/STUDY.svg.
 """
@@ -61,7 +61,7 @@ class Study(NamedTuple):
 
 STUDIES = {
     "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute"), "opd", "sft", 8),
-    "recipe": Study(("sft_small", "recipe"), ("compute",), "recipe", "sft_small", 16),
+    "recipe": Study(("sft_small", "recipe"), ("compute",), "recipe", "sft_small", 32),
 }
 
 
@@ -72,7 +72,8 @@ def main() -> None:
         if options.from_scratch:
             given.append(f"drafter.checkpoint={sft(given, options)}")
         train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], options.runs / "start")
-        write({equal: run_all(equal, given, options) for equal in STUDIES[options.study].equal}, options)
+        spent = count(given, options)
+        write({equal: run_all(equal, spent, given, options) for equal in STUDIES[options.study].equal}, spent, options)
     draw(json.loads((RESULTS / f"{options.name}.json").read_text()), options)
 
 
@@ -101,31 +102,33 @@ def sft(given: list[str], options: argparse.Namespace) -> Path:
     return train(["experiment=bundled_drafter", *given], directory, threads=os.cpu_count()) / "drafter"
 
 
-def run_all(equal: str, given: list[str], options: argparse.Namespace) -> dict[str, int]:
+def count(given: list[str], options: argparse.Namespace) -> dict[str, float]:
+    """Operations of each arm's first epoch, rollouts included."""
+    places = {arm: options.runs / "counted" / arm for arm in STUDIES[options.study].arms}
+    alone = ["trainer.max_epochs=1", "data.test_count=0"]
+    side_by_side(
+        lambda arm: train([f"experiment=plateau/{arm}", *alone, *given], places[arm]), list(places), options.parallel
+    )
+    return {arm: find([directory])[0].report["flops"]["total"] for arm, directory in places.items()}
+
+
+def run_all(equal: str, spent: dict[str, float], given: list[str], options: argparse.Namespace) -> dict[str, int]:
     """Train a study's arms side by side with every seed, and say how many epochs each was given."""
-    epochs = dict.fromkeys(STUDIES[options.study].arms, options.epochs)
-    if equal == "compute":
-        first = options.seeds[0]
-        run_jobs([(first, arm, options.epochs) for arm in epochs], given, options)
-        spent = {arm: runs_of(options, arm, options.epochs, [first])[first].report["flops"]["total"] for arm in epochs}
-        epochs = {arm: round(options.epochs * spent[STUDIES[options.study].reference] / spent[arm]) for arm in epochs}
-    run_jobs([(seed, arm, epochs[arm]) for seed in options.seeds for arm in epochs], given, options)
+    reference = STUDIES[options.study].reference
+    epochs = {
+        arm: round(options.epochs * spent[reference] / spent[arm]) if equal == "compute" else options.epochs
+        for arm in spent
+    }
+
+    def one(job: tuple[int, str]) -> None:
+        seed, arm = job
+        # The target's texts are decoded once for all arms; a speculative rollout makes its own.
+        shared = [] if arm == "opd" else [f"trajectories.store={options.runs.resolve() / 'texts'}"]
+        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs[arm]}", *given]
+        train([*overrides, "module.count_flops=false", *shared], place(options, arm, epochs[arm], seed))
+
+    side_by_side(one, [(seed, arm) for seed in options.seeds for arm in epochs], options.parallel)
     return epochs
-
-
-def run_jobs(jobs: list[tuple[int, str, int]], given: list[str], options: argparse.Namespace) -> None:
-    """Train arms for so many epochs with a seed."""
-
-    def one(job: tuple[int, str, int]) -> None:
-        seed, arm, epochs = job
-        counted = seed == options.seeds[0]
-        # Where rollouts are counted each run makes its own; a speculative one always does.
-        alone = counted or arm == "opd"
-        shared = [] if alone else [f"trajectories.store={options.runs.resolve() / 'texts'}"]
-        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs}", *given]
-        train([*overrides, f"module.count_flops={counted}", *shared], place(options, arm, epochs, seed))
-
-    side_by_side(one, jobs, options.parallel)
 
 
 def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
@@ -138,8 +141,8 @@ def runs_of(options: argparse.Namespace, arm: str, epochs: int, seeds: Iterable[
     return {seed: find([place(options, arm, epochs, seed)])[0] for seed in seeds}
 
 
-def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
-    """Keep the tidy table, and curves and intervals."""
+def write(plan: dict[str, dict[str, int]], spent: dict[str, float], options: argparse.Namespace) -> None:
+    """Keep the tidy table, and curves and intervals; ``spent`` are operations an epoch."""
     arms = {(arm, epochs) for epochs_of in plan.values() for arm, epochs in epochs_of.items()}
     kept = [place(options, arm, epochs, seed) for arm, epochs in sorted(arms) for seed in options.seeds]
     runs = find([options.runs / "start", *kept])
@@ -154,30 +157,26 @@ def write(plan: dict[str, dict[str, int]], options: argparse.Namespace) -> None:
         control = [run.tested for run in runs_of(options, control_arm, epochs[control_arm], options.seeds).values()]
         for arm in epochs:
             of_arm = runs_of(options, arm, epochs[arm], options.seeds)
-            counted = of_arm[options.seeds[0]]
+            steps, tflop = of_arm[options.seeds[0]].report["steps"], epochs[arm] * spent[arm] / 1e12
             tested = [run.tested for run in of_arm.values()]
             content["arms"].append({
-                "equal": kind, "arm": arm, "steps": counted.report["steps"],
-                "tflop": counted.report["flops"]["total"] / 1e12,
+                "equal": kind, "arm": arm, "steps": steps, "tflop": tflop,
                 "tau_by_seed": {seed: tau([run.tested]).value for seed, run in of_arm.items()},
                 "tau": interval(tau(tested)), "over_start": interval(gain(tested, [start.tested])),
                 "over_control": None if arm == control_arm else interval(gain(tested, control)),
-                "curves": [curve(run, start.report["tau_before"], counted) for run in of_arm.values()],
+                "curves": [curve(run, start.report["tau_before"], tflop / steps) for run in of_arm.values()],
             })  # fmt: skip
     keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.name}.json"), content)
 
 
-def curve(run: Run, began: float, counted: Run) -> list[tuple[int, float, float]]:
+def curve(run: Run, began: float, tflop: float) -> list[tuple[int, float, float]]:
     """Step, operations in TFLOP and validation tau: of the drafter that it began with, and at each validation.
 
     Args:
-        counted: the run whose operations stand for those of every seed.
+        tflop: of a step.
     """
-    spent = {step: value for step, value in scalars(counted.directory, "train/flops/total")}
-    points = [(0, 0.0, began)]
-    for step, value in scalars(run.directory, "val/tau"):
-        points.append((step + 1, spent[max(known for known in spent if known <= step)] / 1e12, value))
-    return points
+    found = ((step + 1, value) for step, value in scalars(run.directory, "val/tau"))
+    return [(0, 0.0, began), *((step, step * tflop, value) for step, value in found)]
 
 
 def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
