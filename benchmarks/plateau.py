@@ -8,12 +8,13 @@
     python benchmarks/plateau.py --only-draw           # figure and table from the results kept
 
 Every arm goes on from the same SFT drafter on the same stream of new prompts (``configs/experiment/plateau``), with as
-many optimizer steps; then once more with as many operations as Draft-OPD took, rollouts included. The recipe's study
-has equal operations alone: its smaller batches make more steps of the same replays. Each run is tested once, at its
-end, on 500 held-out problems. Operations are counted over a first epoch of each arm: counting slows decoding down by
-about two fifths, and an epoch takes about as many as the next. A run that has ended is not run again, so the same
-command goes on where it was stopped. Results go to benchmarks/results/STUDY.csv (a row a run) and STUDY.json (curves,
-intervals, machine), the figure to docs/figures/STUDY.svg.
+many optimizer steps; then SFT once more with as many operations, rollouts included, as the dearest of the others,
+rounded up to whole epochs. The recipe's study has equal operations alone: its smaller batches make more steps of the
+same replays. Each run is tested once, at its end, on 500 held-out problems. Operations are counted over a first epoch
+of each arm: counting slows decoding down by about two fifths, and an epoch takes about as many as the next. A run that
+has ended is not run again, so the same command goes on where it was stopped. Results go to
+benchmarks/results/STUDY.csv (a row a run) and STUDY.json (curves, intervals, machine), the figure to
+docs/figures/STUDY.svg.
 """
 
 from __future__ import annotations
@@ -22,6 +23,8 @@ import argparse
 import json
 import os
 from collections.abc import Iterable
+from itertools import product
+from math import ceil
 from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
@@ -45,23 +48,25 @@ ARMS = {
 }
 
 
-class Study(NamedTuple):
-    """Which arms are trained, and what of them is made equal.
+#: What is made equal (``steps`` or ``compute``), and the epochs that each arm has then.
+Plan = dict[str, dict[str, int]]
 
-    ``reference`` is the arm whose operations the others are given, ``control`` the one that all are compared with;
-    ``epochs`` are of 512 replays.
+
+class Study(NamedTuple):
+    """Which arms are trained, for how many epochs of 512 replays, and what the control is given as much of.
+
+    ``control`` is the arm that the others are compared with.
     """
 
     arms: tuple[str, ...]
     equal: tuple[str, ...]
-    reference: str
     control: str
     epochs: int
 
 
 STUDIES = {
-    "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute"), "opd", "sft", 8),
-    "recipe": Study(("sft_small", "recipe"), ("compute",), "recipe", "sft_small", 32),
+    "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute"), "sft", 8),
+    "recipe": Study(("sft_small", "recipe"), ("compute",), "sft_small", 32),
 }
 
 
@@ -73,7 +78,9 @@ def main() -> None:
             given.append(f"drafter.checkpoint={sft(given, options)}")
         train(["experiment=plateau/opd", *given, "trainer.max_epochs=0", "validate_first=true"], options.runs / "start")
         spent = count(given, options)
-        write({equal: run_all(equal, spent, given, options) for equal in STUDIES[options.study].equal}, spent, options)
+        planned = plan(spent, options)
+        run_all(planned, given, options)
+        write(planned, spent, options)
     draw(json.loads((RESULTS / f"{options.name}.json").read_text()), options)
 
 
@@ -112,27 +119,36 @@ def count(given: list[str], options: argparse.Namespace) -> dict[str, float]:
     return {arm: find([directory])[0].report["flops"]["total"] for arm, directory in places.items()}
 
 
-def run_all(equal: str, spent: dict[str, float], given: list[str], options: argparse.Namespace) -> dict[str, int]:
-    """Train a study's arms side by side with every seed, and say how many epochs each was given."""
-    reference = STUDIES[options.study].reference
-    epochs = {
-        arm: round(options.epochs * spent[reference] / spent[arm]) if equal == "compute" else options.epochs
-        for arm in spent
-    }
+def plan(spent: dict[str, float], options: argparse.Namespace) -> Plan:
+    """Epochs of each arm, so that the control has as many steps, or at least as many operations, as any other."""
+    study, found = STUDIES[options.study], {}
+    for equal in study.equal:
+        found[equal] = dict.fromkeys(study.arms, options.epochs)
+        if equal == "compute":
+            found[equal][study.control] = ceil(options.epochs * max(spent.values()) / spent[study.control])
+    return found
 
-    def one(job: tuple[int, str]) -> None:
-        seed, arm = job
+
+def run_all(planned: Plan, given: list[str], options: argparse.Namespace) -> None:
+    """Train all arms side by side with every seed."""
+
+    def one(job: tuple[int, tuple[str, int]]) -> None:
+        seed, (arm, epochs) = job
         # The target's texts are decoded once for all arms; a speculative rollout makes its own.
         shared = [] if arm == "opd" else [f"trajectories.store={options.runs.resolve() / 'texts'}"]
-        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs[arm]}", *given]
-        train([*overrides, "module.count_flops=false", *shared], place(options, arm, epochs[arm], seed))
+        overrides = [f"experiment=plateau/{arm}", f"seed={seed}", f"trainer.max_epochs={epochs}", *given]
+        train([*overrides, "module.count_flops=false", *shared], place(options, arm, epochs, seed))
 
-    side_by_side(one, [(seed, arm) for seed in options.seeds for arm in epochs], options.parallel)
-    return epochs
+    side_by_side(one, list(product(options.seeds, each(planned))), options.parallel)
+
+
+def each(planned: Plan) -> list[tuple[str, int]]:
+    """Arms and their epochs, once each: all but the control have one run for equal steps and equal operations."""
+    return sorted({pair for epochs in planned.values() for pair in epochs.items()})
 
 
 def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
-    """Where a run is kept; arms whose equal compute is as many epochs as equal steps have one run for both."""
+    """Where a run is kept."""
     return options.runs / f"{arm}-{epochs}" / str(seed)
 
 
@@ -141,10 +157,9 @@ def runs_of(options: argparse.Namespace, arm: str, epochs: int, seeds: Iterable[
     return {seed: find([place(options, arm, epochs, seed)])[0] for seed in seeds}
 
 
-def write(plan: dict[str, dict[str, int]], spent: dict[str, float], options: argparse.Namespace) -> None:
+def write(planned: Plan, spent: dict[str, float], options: argparse.Namespace) -> None:
     """Keep the tidy table, and curves and intervals; ``spent`` are operations an epoch."""
-    arms = {(arm, epochs) for epochs_of in plan.values() for arm, epochs in epochs_of.items()}
-    kept = [place(options, arm, epochs, seed) for arm, epochs in sorted(arms) for seed in options.seeds]
+    kept = [place(options, arm, epochs, seed) for arm, epochs in each(planned) for seed in options.seeds]
     runs = find([options.runs / "start", *kept])
     with (RESULTS / f"{options.name}.csv").open("w", newline="", encoding="utf-8") as file:
         write_csv(rows(runs), file)
@@ -153,7 +168,7 @@ def write(plan: dict[str, dict[str, int]], spent: dict[str, float], options: arg
     if options.from_scratch:
         (made,) = find([options.runs / "from_scratch"])
         content["sft"] = [(step + 1, value) for step, value in scalars(made.directory, "val/tau")]
-    for kind, epochs in plan.items():
+    for kind, epochs in planned.items():
         control = [run.tested for run in runs_of(options, control_arm, epochs[control_arm], options.seeds).values()]
         for arm in epochs:
             of_arm = runs_of(options, arm, epochs[arm], options.seeds)
