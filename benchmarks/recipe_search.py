@@ -69,7 +69,9 @@ ROWS = {
     "b4_gain": [*FRESH, *SMALL, "loss=reach", "loss.future=true"],
     "b4_e2e": [*FRESH, *SMALL, "loss=e2e_tv"],
     "b4_to_rkl": [*FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0"],
-    "b4_to_rkl_all": [*FRESH, *SMALL, *TO, *TO_REVERSE],
+    "b4_to_rkl_sharp": [
+        *FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0", "loss.second.teacher_temperature=0.05",
+    ],
     "b4_curriculum": [
         *FRESH, *SMALL, *TO, "loss@loss.second=asymmetric_kl", "loss.first.accepted_gamma=0.5",
         "loss.second.accepted_gamma=1.0",
