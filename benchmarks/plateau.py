@@ -48,14 +48,14 @@ ARMS = {
 }
 
 
-#: What is made equal (``steps`` or ``compute``), and the epochs that each arm has then.
+#: By what is made equal, the epochs that each arm has.
 Plan = dict[str, dict[str, int]]
 
 
 class Study(NamedTuple):
-    """Which arms are trained, for how many epochs of 512 replays, and what the control is given as much of.
+    """Arms, trained for so many epochs of 512 replays; ``control``, which they are compared with, is given as much.
 
-    ``control`` is the arm that the others are compared with.
+    ``equal`` says as much of what: ``steps``, ``compute``, or each in a run of its own.
     """
 
     arms: tuple[str, ...]
