@@ -102,19 +102,30 @@ def configuration(overrides: list[str]) -> str:
 
 
 def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namespace) -> None:
-    """Keep a row a value and seed, and a row a value."""
+    """Keep a row a value and seed, and a row a value, in the order of the sweeps.
+
+    Values that have no run among these keep the rows that they have: sweeps may be run on several machines.
+    """
+    order = {job[:3]: number for number, job in enumerate(jobs)}
     ended = [job for job in jobs if job.configuration in runs]
-    with (RESULTS / "ablations.csv").open("w", newline="", encoding="utf-8") as file:
+    renewed = {job[:3] for job in ended}
+    table, results = RESULTS / "ablations.csv", RESULTS / "ablations.json"
+    with table.open(newline="", encoding="utf-8") as file:
+        lines = [tuple(line) for line in csv.reader(file)][1:]
+    rows = json.loads(results.read_text())["rows"]
+    lines = [line for line in lines if line[:3] in order.keys() - renewed]
+    rows = [row for row in rows if (row["sweep"], row["key"], row["value"]) in order.keys() - renewed]
+    for job in ended:
+        run = runs[job.configuration]
+        blocks = run.tested.values()
+        lines.append((
+            *job[:4], *(run.report[name] for name in REPORTED), sum(map(sum, blocks)), sum(map(len, blocks)),
+            round(run.report["total_seconds"], 1),
+        ))  # fmt: skip
+    with table.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("sweep", "key", "value", "seed", *REPORTED, "test_tokens", "test_blocks", "seconds"))
-        for job in ended:
-            run = runs[job.configuration]
-            blocks = run.tested.values()
-            writer.writerow((
-                *job[:4], *(run.report[name] for name in REPORTED), sum(map(sum, blocks)), sum(map(len, blocks)),
-                round(run.report["total_seconds"], 1),
-            ))  # fmt: skip
-    rows: list[dict[str, Any]] = []
+        writer.writerows(sorted(lines, key=lambda line: (order[line[:3]], int(line[3]))))
     for (sweep, key, value), found in groupby(ended, key=lambda job: job[:3]):
         same = list(found)
         tested = {job.seed: runs[job.configuration].tested for job in same}
@@ -128,7 +139,8 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
                 interval(gain(list(tested.values()), list(references.values()))) if references and not default else None
             ),
         })  # fmt: skip
-    keep(argparse.Namespace(**vars(options), results=RESULTS / "ablations.json"), {"rows": rows})
+    rows.sort(key=lambda row: order[row["sweep"], row["key"], row["value"]])
+    keep(argparse.Namespace(**vars(options), results=results), {"rows": rows})
 
 
 def draw(content: dict[str, Any]) -> None:

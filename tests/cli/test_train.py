@@ -185,6 +185,15 @@ def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str], script: 
     assert manifest.blocks == 0 and manifest.sequences == 8
 
 
+def said(process: subprocess.Popen[str]) -> tuple[str, str]:
+    """What a process printed until its end; if it does not end, it is made to print what its threads do."""
+    try:
+        return process.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        process.send_signal(signal.SIGABRT)
+        return process.communicate(timeout=30)
+
+
 @pytest.mark.slow
 def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
     tmp_path: Path, chat_targets: dict[str, str], script: Script
@@ -201,7 +210,7 @@ def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
     assert shares == pytest.approx([step / 18 for step in range(18)])
     directory = tmp_path / "broken"
     last = directory / "checkpoints" / "last.ckpt"
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1"}
     command = [sys.executable, str(ROOT / "train.py"), *common, f"hydra.run.dir={directory}"]
     reached = 0
     for number, status in ((signal.SIGINT, 1), (signal.SIGTERM, 128 + signal.SIGTERM)):
@@ -211,7 +220,7 @@ def test_a_run_interrupted_in_training_ends_as_if_it_had_not_been(
         while not (last.exists() and last.stat().st_mtime_ns != before) and time.monotonic() < limit:
             time.sleep(0.002)
         process.send_signal(number)
-        out, err = process.communicate(timeout=120)
+        out, err = said(process)
         assert process.returncode == status and "Traceback" not in out + err, err
         assert "Stopped" in out + err
         assert not list(directory.rglob("*.partial"))

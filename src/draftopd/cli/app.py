@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import re
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
+from typing import NoReturn
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
@@ -21,7 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 
 def run(main: Callable[[], None], configs: Path, name: str) -> None:
-    """Check the overrides of ``sys.argv``, then hand over to the Hydra application ``main``.
+    """Check the overrides of ``sys.argv``, then hand over to the Hydra application ``main``, and end the process.
 
     A wrong group option or key ends here with the nearest valid one.
     """
@@ -31,7 +34,30 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
         problem = _problem(configs, name, overrides)
         if problem:
             sys.exit(f"Error: {problem}")
-    main()
+    try:
+        main()
+    except SystemExit as ended:
+        _leave(ended.code)
+    _leave(None)
+
+
+def _leave(code: str | int | None) -> NoReturn:
+    """End the process as ``sys.exit(code)`` does, but leave its memory to the system.
+
+    The interpreter would take all of torch down object by object: seconds of nothing to see, at whose beginning Ctrl-C
+    has already said that it stopped the run.
+    """
+    if isinstance(code, str):
+        print(code, file=sys.stderr)
+        code = 1
+    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: threads that are no daemons, then
+    atexit._run_exitfuncs()  # what was registered
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    except OSError:  # nobody reads any more
+        code = code or 1
+    os._exit(code or 0)
 
 
 #: What a system says of a disk that takes no more.
