@@ -3,6 +3,7 @@
     python benchmarks/plateau.py                       # from the bundled drafter
     python benchmarks/plateau.py --from-scratch        # from a drafter that SFT first takes to its plateau
     python benchmarks/plateau.py --study recipe        # the best recipe found, beside SFT in batches as small
+    python benchmarks/plateau.py --study recipe_long   # the same, twice as long
     python benchmarks/plateau.py --target DIR          # another target, from scratch; DIR's name goes into the results'
     python benchmarks/plateau.py --seeds 0 --epochs 2  # a look
     python benchmarks/plateau.py --only-draw           # figure and table from the results kept
@@ -67,6 +68,7 @@ class Study(NamedTuple):
 STUDIES = {
     "plateau": Study(("sft", "opd", "decode_free"), ("steps", "compute"), "sft", 8),
     "recipe": Study(("sft_small", "recipe"), ("compute",), "sft_small", 32),
+    "recipe_long": Study(("sft_small", "recipe"), ("compute",), "sft_small", 64),
 }
 
 
