@@ -61,7 +61,7 @@ def test_a_run_leaves_everything(finished: Path) -> None:
 
 
 def test_operations_and_test_prompts_are_reported(finished: Path) -> None:
-    (run,) = find([finished])
+    (run,) = find([finished.parent, finished])
     spent = run.report["flops"]
     assert min(spent.values()) > 0 and spent["total"] == sum(spent.values()) - spent["total"]
     assert run.report["test_tau"] == pytest.approx(acceptance_length(list(run.tested.values()))[0])
@@ -112,6 +112,18 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
     report = json.loads((finished / "report.json").read_text())
     assert report["steps"] == 6
     assert report["total_seconds"] > sum(report["seconds"].values())
+    assert not (finished / "test.json").exists()  # of the run before, whose prompts this one did not test
+
+
+def test_fewer_epochs_than_there_were_are_refused(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
+    before = {name: (finished / name).read_bytes() for name in ("report.json", "config.yaml")}
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=1",
+        f"hydra.run.dir={finished}",
+    )  # fmt: skip
+    assert done.returncode == 1 and "last.ckpt is of epoch 3, and trainer.max_epochs=1" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert {name: (finished / name).read_bytes() for name in before} == before
 
 
 def test_damaged_files_are_named_and_the_run_goes_on(

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import lightning as L
+import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
 from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
@@ -118,20 +119,30 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
     """Train from the newest whole checkpoint on, or from the beginning.
 
     Raises:
+        ConfigError: if it has more epochs behind it than are asked for.
         KeyboardInterrupt: where Ctrl-C stopped it.
     """
+    resume = newest_whole(directory / "checkpoints")
+    if resume is not None:
+        begun = torch.load(resume, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
+        if 0 <= (trainer.max_epochs or -1) < begun:
+            raise ConfigError(
+                f"{resume} is of epoch {begun}, and trainer.max_epochs={trainer.max_epochs}: give as many or "
+                "more to go on, or another directory to begin anew (hydra.run.dir=DIR)."
+            )
     if trainer.is_global_zero:
+        # What an earlier run came to here with other settings is not what this one will come to.
+        for name in ("report.json", "test.json"):
+            (directory / name).unlink(missing_ok=True)
         write_record(directory, config)
 
-    resume = newest_whole(directory / "checkpoints")
-    resumed = resume is not None
-    if resumed:
+    if resume is not None:
         if trainer.is_global_zero:
             print(f"Continuing from {resume}")
     elif config.validate_first:
         module.tau_before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
     try:
-        trainer.fit(module, datamodule=data, ckpt_path=str(resume) if resumed else None, weights_only=True)
+        trainer.fit(module, datamodule=data, ckpt_path=resume and str(resume), weights_only=True)
     except SIGTERMException:
         raise
     except SystemExit as error:
