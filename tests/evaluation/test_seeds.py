@@ -46,5 +46,7 @@ def test_covers_the_truth() -> None:
 def test_other_prompts_are_refused() -> None:
     with pytest.raises(ValueError, match=r"same data\.test_count"):
         gain([{"a": [1]}], [{"b": [1]}])
+    with pytest.raises(ValueError, match="without a test"):
+        tau([{}])
     with pytest.raises(ValueError, match="at least one run"):
         gain([{"a": [1]}], [])

@@ -54,6 +54,15 @@ def test_wrong_input_ends_with_one_message(arguments: list[str], message: str) -
     assert message in str(stopped.value)
 
 
+def test_a_plan_needs_no_place_for_a_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").write_text("a file")
+    main([])
+    assert "Fits" in capsys.readouterr().out
+
+
 def test_a_directory_with_config_json_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     known = Path(__file__).parents[2] / "src" / "draftopd" / "assets" / "shapes" / "Qwen3-4B.json"
     (tmp_path / "config.json").write_text(

@@ -45,18 +45,23 @@ def _leave(code: str | int | None) -> NoReturn:
     """End the process as ``sys.exit(code)`` does, but leave its memory to the system.
 
     The interpreter would take all of torch down object by object: seconds of nothing to see, at whose beginning Ctrl-C
-    has already said that it stopped the run.
+    has already said that it stopped the run. Under a profiler, which writes afterwards, the interpreter ends as usual.
     """
+    if sys.getprofile() is not None:
+        sys.exit(code)
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
     threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: threads that are no daemons, then
     atexit._run_exitfuncs()  # what was registered
-    try:
-        sys.stdout.flush()
-        sys.stderr.flush()
-    except OSError:  # nobody reads any more
-        code = code or 1
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:  # closed before the command began
+                stream.flush()
+        except OSError as error:
+            code = code or 1
+            if error.errno != errno.EPIPE and stream is not sys.stderr:  # else nobody reads any more
+                print(f"Error: the output could not be written: {error}", file=sys.stderr)
     os._exit(code or 0)
 
 
@@ -104,8 +109,8 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
-def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
-    """What is wrong with the overrides, or None."""
+def _problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) -> str | None:
+    """What is wrong with the overrides, or with the directory of a run that ``keeps`` something; or None."""
     from draftopd.cli.nearest import nearest
     from draftopd.cli.secrets import exposed
 
@@ -147,7 +152,7 @@ def _problem(configs: Path, name: str, overrides: list[str]) -> str | None:
             if problem:
                 return problem
             whole = compose(name, overrides, return_hydra_config=True)
-            return _unwritable(Path(whole.hydra.run.dir))
+            return _unwritable(Path(whole.hydra.run.dir)) if keeps else None
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return re.sub(r"\s+", " ", " ".join(lines[:2]))

@@ -42,7 +42,7 @@ def plan(arguments: list[str], configs: Path) -> None:
     """Print the plan of the run that ``arguments`` name: overrides of train.py, and ``plan.NAME=VALUE``."""
     mine = [a.lstrip("+") for a in arguments if a.lstrip("+").startswith("plan.")]
     others = [a for a in arguments if not a.lstrip("+").startswith("plan.")]
-    problem = app._problem(configs, "train", others)
+    problem = app._problem(configs, "train", others, keeps=False)
     if problem:
         sys.exit(f"Error: {problem}")
     try:

@@ -15,7 +15,7 @@ from draftopd.errors import FileError
 from draftopd.files import read_json
 
 #: Set by where a run lies, not by what it is.
-_NOT_COMPARED = ("logger.", "name", "trajectories.store", "rollout.trajectories.")
+_NOT_COMPARED = ("logger", "name", "trajectories.store", "rollout.trajectories.")
 
 
 class Run(NamedTuple):
@@ -32,13 +32,13 @@ class Run(NamedTuple):
 
 
 def find(roots: Iterable[Path]) -> list[Run]:
-    """The runs that ended under these directories, by path; those still under way have no report.
+    """The runs that ended under these directories, each once, by path; those still under way have no report.
 
     Raises:
         FileError: if there is none, or one's report is damaged or of another version.
     """
-    roots = list(roots)
-    found = sorted(path.parent for root in roots for path in root.rglob("report.json"))
+    roots = [root.resolve() for root in roots]
+    found = sorted({path.parent for root in roots for path in root.rglob("report.json")})
     runs = [_read(directory) for directory in found if (directory / "config.yaml").exists()]
     if not runs:
         where = ", ".join(map(str, roots))
@@ -51,7 +51,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
     ``gflop`` columns are empty where nothing was counted, ``test_tau`` where nothing was tested.
     """
-    keys = [key for run in runs for key in run.config if not key.startswith(_NOT_COMPARED)]
+    keys = [key for run in runs for key in _compared(run.config)]
     differing = [key for key in dict.fromkeys(keys) if len({str(run.config.get(key)) for run in runs}) > 1]
     common = Path(os.path.commonpath([run.directory.parent for run in runs]))
     table = []
@@ -64,6 +64,11 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
         row["seconds"] = round(report["total_seconds"], 1)
         table.append(row)
     return table
+
+
+def settings(config: Any) -> dict[str, Any]:
+    """What a run is, by dotted key, without where it lies: of a composed configuration, or of one read again."""
+    return _compared(dict(_flat(OmegaConf.to_container(config, resolve=True))))
 
 
 def write_csv(table: Sequence[dict[str, Any]], file: TextIO) -> None:
@@ -81,6 +86,10 @@ def _read(directory: Path) -> Run:
         directory, dict(_flat(config)), read_json(directory / "report.json", FORMAT),
         read_json(tested, TESTED_FORMAT)["emitted"] if tested.exists() else {},
     )  # fmt: skip
+
+
+def _compared(config: dict[str, Any]) -> dict[str, Any]:
+    return {key: value for key, value in config.items() if not key.startswith(_NOT_COMPARED)}
 
 
 def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:

@@ -64,6 +64,8 @@ def _drawn(recipes: Sequence[Sequence[Tested]], seed: int) -> list[NDArray[np.fl
 def _table(runs: Sequence[Tested], prompts: Sequence[str]) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
     """``[runs, prompts]`` each: emitted tokens, and blocks."""
     for run in runs:
+        if not prompts:
+            raise ValueError("A run without a test has no tau: train with data.test_count=N.")
         if run.keys() != set(prompts):
             raise ValueError("The runs were not tested on the same prompts: give all the same data.test_count.")
     emitted = np.array([[sum(run[p]) for p in prompts] for run in runs], float)
