@@ -16,13 +16,14 @@ import argparse
 import csv
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby, product
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
-from machine import keep
+from machine import describe, keep
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from runs import RESULTS, ROOT, interval, save, side_by_side, train
@@ -104,15 +105,20 @@ def configuration(overrides: list[str]) -> str:
 def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namespace) -> None:
     """Keep a row a value and seed, and a row a value, in the order of the sweeps.
 
-    Values that have no run among these keep the rows that they have: sweeps may be run on several machines.
+    Sweeps may be run on several machines: values of other sweeps, without a run here, or of more seeds than have one
+    here keep the rows that they have. ``ran`` says of each row where and when.
     """
     order = {job[:3]: number for number, job in enumerate(jobs)}
-    ended = [job for job in jobs if job.configuration in runs]
-    renewed = {job[:3] for job in ended}
     table, results = RESULTS / "ablations.csv", RESULTS / "ablations.json"
     with table.open(newline="", encoding="utf-8") as file:
         lines = [tuple(line) for line in csv.reader(file)][1:]
-    rows = json.loads(results.read_text())["rows"]
+    earlier = json.loads(results.read_text())
+    rows = [{"ran": ran(earlier["machine"])} | row for row in earlier["rows"]]
+    kept = {(row["sweep"], row["key"], row["value"]): len(row["tau_by_seed"]) for row in rows}
+    ended = [job for job in jobs if job.sweep in options.sweeps and job.configuration in runs]
+    seeds = Counter(job[:3] for job in ended)
+    ended = [job for job in ended if seeds[job[:3]] >= kept.get(job[:3], 0)]
+    renewed = {job[:3] for job in ended}
     lines = [line for line in lines if line[:3] in order.keys() - renewed]
     rows = [row for row in rows if (row["sweep"], row["key"], row["value"]) in order.keys() - renewed]
     for job in ended:
@@ -132,7 +138,7 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
         references = {job.seed: runs[job.reference].tested for job in same if job.reference in runs}
         default = same[0].configuration == same[0].reference
         rows.append({
-            "sweep": sweep, "key": key, "value": value, "default": default,
+            "ran": ran(describe()), "sweep": sweep, "key": key, "value": value, "default": default,
             "tau_by_seed": {seed: tau([blocks]).value for seed, blocks in tested.items()},
             "tau": interval(tau(list(tested.values()))),
             "over_default": (
@@ -141,6 +147,11 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
         })  # fmt: skip
     rows.sort(key=lambda row: order[row["sweep"], row["key"], row["value"]])
     keep(argparse.Namespace(**vars(options), results=results), {"rows": rows})
+
+
+def ran(machine: Mapping[str, Any]) -> dict[str, Any]:
+    """Where and when."""
+    return {name: machine[name] for name in ("date", "processor", "cores")}
 
 
 def draw(content: dict[str, Any]) -> None:

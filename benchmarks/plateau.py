@@ -23,6 +23,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import shutil
 from collections.abc import Iterable
 from itertools import product
 from math import ceil
@@ -112,8 +113,11 @@ def sft(given: list[str], options: argparse.Namespace) -> Path:
 
 
 def count(given: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Operations of each arm's first epoch, rollouts included."""
+    """Operations of each arm's first epoch, rollouts included, and the figures of logged steps."""
     places = {arm: options.runs / "counted" / arm for arm in STUDIES[options.study].arms}
+    for directory in places.values():
+        if not (directory / "report.json").exists():
+            shutil.rmtree(directory, ignore_errors=True)  # a run that goes on does not count what it did before
     alone = ["trainer.max_epochs=1", "data.test_count=0"]
     side_by_side(
         lambda arm: train([f"experiment=plateau/{arm}", *alone, *given], places[arm]), list(places), options.parallel

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 from machine import keep
 from runs import RESULTS, side_by_side, train
@@ -100,21 +101,21 @@ def parse() -> argparse.Namespace:
 
 
 def write(options: argparse.Namespace) -> None:
-    """Keep what the rows that have ended came to."""
-    ended = {
-        name: find([options.runs / name])[0].report for name in ROWS if (options.runs / name / "report.json").exists()
-    }
-    rows = [
-        {"row": name, "overrides": ROWS[name], "steps": report["steps"], "tau": round(report["tau_after"], 4)}
-        for name, report in ended.items()
-    ]
+    """Keep what the rows that have ended came to; those that have no run here stay as they are kept."""
+    kept = {row["row"]: row for row in json.loads(KEPT.read_text())["rows"]}
+    for name in options.rows:
+        report = find([options.runs / name])[0].report
+        kept[name] = {
+            "row": name, "overrides": ROWS[name], "steps": report["steps"], "tau": round(report["tau_after"], 4)
+        }  # fmt: skip
+    rows = [kept[name] for name in ROWS if name in kept]
     keep(argparse.Namespace(**vars(options), results=KEPT), {"common": COMMON, "rows": rows})
 
 
-def draw(rows: list[dict[str, object]]) -> None:
+def draw(rows: list[dict[str, Any]]) -> None:
     print("| `python train.py` ... | steps | tau, validation |\n|---|---:|---:|")
     for row in rows:
-        print(f"| `{' '.join(ROWS[str(row['row'])])}` | {row['steps']} | {row['tau']:.3f} |")
+        print(f"| `{' '.join(row['overrides'])}` | {row['steps']} | {row['tau']:.3f} |")
 
 
 if __name__ == "__main__":

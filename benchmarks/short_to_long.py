@@ -121,7 +121,7 @@ def write(places: Mapping[str, Sequence[Path]], options: argparse.Namespace) -> 
 
 
 def between(tested: Mapping[str, Sequence[int]], span: range) -> dict[str, list[int]]:
-    """Of every prompt the blocks whose first token has one of these places in the response."""
+    """Of every prompt the blocks whose anchor has one of these places in the response."""
     return {
         prompt: [size for size, first in zip(blocks, accumulate(blocks, initial=0), strict=False) if first in span]
         for prompt, blocks in tested.items()
