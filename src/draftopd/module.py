@@ -276,7 +276,8 @@ class DraftModule(L.LightningModule):
     def flops(self) -> dict[str, float]:
         """Floating-point operations so far, of this process; none where they are not counted.
 
-        ``drafter`` holds loss and backward pass too, ``rollout`` the walks that renew anchors; validation is left out.
+        ``drafter`` holds loss and backward pass too, ``rollout`` the walks that renew anchors. Validation is left out;
+        what a logged step (``trainer.log_every_n_steps``) computes beside the others for its figures is not.
         """
         if not self.clock.counts:
             return {}

@@ -18,6 +18,10 @@ _SCOPES: tuple[TeacherScope, ...] = ("none", "until_fail", "proposals")
 class Blend(Loss):
     """``(1 - s) first + s second``; ``s`` goes in a straight line from ``begin`` to ``end`` over all steps.
 
+    Both see the same blocks. An autoregressive drafter goes on from its own tokens where either loss asks the target
+    about them, so that beside such a loss one with hard labels meets, behind a slot that differs from the text, labels
+    of a text that the drafter has left.
+
     Args:
         first, second: any losses.
         begin, end: the second's share at the first and after the last step.
