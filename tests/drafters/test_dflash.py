@@ -9,11 +9,12 @@ import pytest
 import torch
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-from transformers import PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast, Starcoder2Config, Starcoder2ForCausalLM
 
 from draftopd.drafters import attention
 from draftopd.drafters.base import Draft
 from draftopd.drafters.dflash import DFlashDrafter, default_target_layers, unused_token
+from draftopd.drafters.fresh import final_norm_weight
 from draftopd.errors import DrafterError
 from draftopd.targets.target import Target
 
@@ -247,6 +248,14 @@ def test_for_target_takes_the_targets_shape(target: Target) -> None:
     assert (shape.num_attention_heads, shape.num_key_value_heads) == (4, 2)
     assert shape.rope_parameters["rope_theta"] == 1_000.0
     assert DFlashDrafter.for_target(target, 1, 4, 3, intermediate_size=20).config.intermediate_size == 20
+
+
+def test_a_final_layer_norm_gives_its_scales() -> None:
+    shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+             "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
+    target = Target(Starcoder2ForCausalLM(Starcoder2Config(**shape)))
+    scales = target.body.norm.weight.data.uniform_(0.5, 1.5)
+    assert torch.equal(final_norm_weight(target), scales)
 
 
 def test_for_target_fits_each_kind_of_target(target_dirs: dict[str, Path], make_drafter: MakeDrafter) -> None:

@@ -261,6 +261,14 @@ class TestRefusals:
         with pytest.raises(TargetError, match="chunked_attention.*full or sliding-window"):
             Target(model)
 
+    def test_an_lm_head_with_a_bias(self) -> None:
+        shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,
+                 "num_key_value_heads": 1, "intermediate_size": 8, "max_position_embeddings": 64}  # fmt: skip
+        model = Qwen2ForCausalLM(Qwen2Config(**shape))
+        model.lm_head = nn.Linear(8, 8)
+        with pytest.raises(TargetError, match="LM head has a bias"):
+            Target(model)
+
 
 def test_kinds_of_attention() -> None:
     shape = {"vocab_size": 8, "hidden_size": 8, "num_hidden_layers": 2, "num_attention_heads": 2,

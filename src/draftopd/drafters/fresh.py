@@ -50,8 +50,10 @@ def draw_weights(drafter: nn.Module, std: float) -> None:
 def final_norm_weight(target: Target) -> Tensor:
     """``[hidden]``: the scales of the target's final norm, which its LM head expects.
 
-    Read off its output: some families store this weight less 1.
+    Read off an RMSNorm's output: some families store this weight less 1. A LayerNorm takes the mean of ones away.
     """
+    if isinstance(target.body.norm, nn.LayerNorm):
+        return target.body.norm.weight.clone()
     ones = torch.ones(target.hidden_size, dtype=target.dtype, device=target.device)
     return target.body.norm(ones)
 

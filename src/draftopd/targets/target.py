@@ -361,6 +361,8 @@ class Target(nn.Module):
         scale = next((n for n in ("logits_scaling", "logit_scale") if getattr(self.config, n, 1.0) != 1.0), None)
         if scale:
             raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
+        if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
+            raise TargetError("The target's LM head has a bias, which the shared LM head does not cover.")
 
 
 def _alone(layers: int) -> AbstractContextManager[None]:
