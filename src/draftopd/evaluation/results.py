@@ -160,21 +160,26 @@ class Evaluation:
         known = [p.solved for p in self.prompts if p.solved is not None]
         return sum(known) / len(known) if known else None
 
+    def blocks(self) -> torch.Tensor:
+        """``[2, blocks]``: what each block accepted, and emitted."""
+        pairs = [pair for p in self.prompts for pair in zip(p.accepted, p.emitted, strict=True)]
+        return torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
+
     def whole_blocks(self) -> torch.Tensor:
         """Accepted lengths of the blocks that the end of the text did not cut short."""
-        pairs = [(n, e) for p in self.prompts for n, e in zip(p.accepted, p.emitted, strict=True)]
-        return torch.tensor([n for n, e in pairs if e == n + 1], dtype=torch.long)
+        accepted, emitted = self.blocks()
+        return accepted[emitted > accepted]
 
     def acceptance_by_position(self) -> list[float]:
         """See :class:`AcceptanceByPosition`; NaN where no block got that far."""
         metric = AcceptanceByPosition(self.block_size - 1)
-        metric.update(self.whole_blocks())
+        metric.update(*self.blocks())
         return [float(x) for x in metric.compute()]
 
     def rejection_positions(self) -> list[int]:
         """See :class:`RejectionPosition`."""
         metric = RejectionPosition(self.block_size - 1)
-        metric.update(self.whole_blocks())
+        metric.update(*self.blocks())
         return [int(x) for x in metric.compute()]
 
     def tau_by_length(self) -> list[tuple[int, float, int]]:

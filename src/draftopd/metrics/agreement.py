@@ -21,7 +21,7 @@ class SlotAgreement(NamedTuple):
 
 
 def slot_agreement(blocks: Blocks) -> SlotAgreement:
-    """How drafter and target compare at every slot.
+    """How drafter and target compare at every slot, at temperature 1, whatever the texts were drawn at.
 
     Raises:
         ValueError: if the blocks were not scored by the target.

@@ -22,22 +22,31 @@ class _AcceptedLengths(Metric):
 
     full_state_update = False
     counts: Tensor
+    cut: Tensor
 
     def __init__(self, slots: int) -> None:
         super().__init__()
         self.slots = slots
-        self.add_state("counts", torch.zeros(slots + 1, dtype=torch.long), dist_reduce_fx="sum")
+        for name in ("counts", "cut"):
+            self.add_state(name, torch.zeros(slots + 1, dtype=torch.long), dist_reduce_fx="sum")
 
-    def update(self, accepted: Tensor) -> None:
-        """Add blocks by their accepted lengths ``[...]``, 0..slots."""
-        self.counts += accepted_length_counts(accepted, self.slots).to(self.counts.device)
+    def update(self, accepted: Tensor, emitted: Tensor | None = None) -> None:
+        """Add blocks by their accepted lengths ``[...]``, 0..slots, and the tokens ``[...]`` that each emitted.
+
+        A block that emitted no more than it accepted was cut short by the end of the text: those slots were accepted,
+        and nothing is known of the ones behind. None: no block was.
+        """
+        cut = torch.zeros_like(accepted, dtype=torch.bool) if emitted is None else emitted <= accepted
+        self.counts += accepted_length_counts(accepted[~cut], self.slots).to(self.counts.device)
+        if emitted is not None:
+            self.cut += accepted_length_counts(emitted[cut], self.slots).to(self.cut.device)
 
 
 class AcceptanceByPosition(_AcceptedLengths):
     """Acceptance rate of each block position, ``[slots]``: of the blocks that got there, how many went on.
 
     Entry ``k`` is the share of blocks accepting proposal ``k + 1`` among those that accepted all before
-    it; NaN where no block got there.
+    it and had it tested; NaN where no block got there.
 
     Example:
         >>> metric = AcceptanceByPosition(slots=2)
@@ -47,12 +56,14 @@ class AcceptanceByPosition(_AcceptedLengths):
     """
 
     def compute(self) -> Tensor:
-        at_least = self.counts.flip(0).cumsum(0).flip(0).float()
-        return at_least[1:] / at_least[:-1]
+        whole, cut = (counts.flip(0).cumsum(0).flip(0).float() for counts in (self.counts, self.cut))
+        return (whole[1:] + cut[1:]) / (whole[:-1] + cut[1:])
 
 
 class RejectionPosition(_AcceptedLengths):
     """Histogram of the rejection position ``1..slots``; the last entry counts fully accepted blocks.
+
+    Blocks that the end of the text cut short are in neither.
 
     Example:
         >>> metric = RejectionPosition(slots=2)
