@@ -37,7 +37,8 @@ def scalars(directory: Path, tag: str) -> list[float]:
 
 
 @pytest.mark.parametrize(
-    "loss, trainers", [("cross_entropy", ["ddp"]), ("asymmetric_kl", ["ddp", "fsdp"]), ("e2e_tv", ["ddp"])]
+    "loss, trainers",
+    [("cross_entropy", ["ddp"]), ("asymmetric_kl", ["ddp", "fsdp"]), ("e2e_tv", ["ddp"]), ("lk", ["ddp"])],
 )
 def test_two_processes_take_the_step_of_one(
     loss: str, trainers: list[str], tmp_path: Path, chat_targets: dict[str, str], script: Script

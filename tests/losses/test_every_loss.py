@@ -125,12 +125,8 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
     for i in range(N):
         n = int(blocks.accepted[i])
         for k in range(1, K + 1):
-            usable = bool(blocks.recorded[i, k - 1]) if hard else bool(blocks.valid[i, k - 1])
-            if name == "sampled_kl":
-                usable = usable and bool(blocks.recorded[i, k - 1])
-            if hard or name == "sampled_kl":
-                usable = usable and int(blocks.labels[i, k - 1]) in row_of
-            if not usable:
+            known = bool(blocks.recorded[i, k - 1]) and int(blocks.labels[i, k - 1]) in row_of
+            if not (known if hard else blocks.valid[i, k - 1]):
                 continue
             p, q = slow_teacher(teacher[i, k - 1], temperature, top_k), student[i, k - 1]
             p = p[list(row_of)]
@@ -141,7 +137,9 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             if hard:
                 constant = options.get("gamma", 1 + 0.375 * (K + 1) if name == "cross_entropy" else None)
                 decays = [1.0 if constant is None else math.exp(-(k - 1) / constant)] * 2
-            if k <= n + int(options.get("include_correction", False)):
+            # Of an accepted proposal the single-token estimate needs no label.
+            labelled = known or k <= n or name != "sampled_kl"
+            if k <= n + int(options.get("include_correction", False)) and labelled:
                 weight = options.get("accepted_weight", 1.0) * decays[0]
                 emitted = d if k <= n and not hard else y
                 streams[0].append((accepted_value(p, q, d, emitted), weight, (i, k)))

@@ -80,6 +80,8 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
     if view.mask is not None:
         assert context is not None
         keys, values = (torch.cat([c, o.flatten(2, 3)], dim=2) for c, o in zip(context, block, strict=True))
+        # Under autocast norms leave queries and keys in float32, and older kernels want one type.
+        query, keys = query.to(values.dtype), keys.to(values.dtype)
         attended = _flex()(query.flatten(2, 3), keys, values, block_mask=view.mask, enable_gqa=True)
         return attended.unflatten(2, query.shape[2:4])
     size, own_size = query.shape[3], block[0].shape[3]

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from draftopd import ranks
 from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher, TeacherOn, on_recorded
 from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, log_overlap, overlap
@@ -63,6 +64,7 @@ class LK(SlotLoss):
         position = blocks.slots.expand_as(used)[used]
         sums = distance.new_zeros(2, len(blocks.slots))
         sums.index_add_(1, position, torch.stack([1 - distance.detach(), torch.ones_like(kl)]))
+        sums = ranks.total(sums)
         share = self.kl_scale * torch.exp(-self.kl_decay * sums[0] / sums[1].clamp_min(1))[position]
         return share * kl + (1 - share) * distance
 

@@ -21,8 +21,8 @@ def installed() -> bool:
 
 
 def fits(student: Tensor, head: Head) -> bool:
-    """Whether the fused kernel can take these states: it wants a frozen head."""
-    return student.is_cuda and installed() and not head.weight.requires_grad
+    """Whether the fused kernel can take these states: it wants a frozen head, and at least one of them."""
+    return student.is_cuda and len(student) > 0 and installed() and not head.weight.requires_grad
 
 
 def cross_entropy(student: Tensor, head: Head, labels: Tensor) -> Tensor:

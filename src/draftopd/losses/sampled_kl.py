@@ -37,9 +37,13 @@ class SampledKL(DistilledLoss):
             raise ValueError(f"floor must be below and most above 0, found {floor} and {most}.")
         self.floor, self.most = floor, most
 
-    def usable(self, blocks: Blocks) -> Tensor:
-        # The emitted token of the accepted stream must be recorded.
-        return blocks.valid & blocks.recorded & blocks.head.covers(blocks.labels)
+    def weights(self, blocks: Blocks, stream: Stream) -> Tensor:
+        weights = super().weights(blocks, stream)
+        if stream == "rejected":
+            return weights
+        # The correction's token is the recorded one, if there is one and the drafter can propose it.
+        known = blocks.recorded & blocks.head.covers(blocks.labels)
+        return weights * (known | (blocks.slots < blocks.accepted[:, None]))
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         estimate = two_outcome_kl if stream == "accepted" else k3
