@@ -194,7 +194,9 @@ class DraftModule(L.LightningModule):
         figures: dict[str, Tensor | int] = {"loss": output.loss.detach()}
         if proposed:
             figures |= {f"loss_{name}": value for name, value in output.parts.items()}
-            figures |= {"_accepted": blocks.accepted.sum(), "_slots": len(blocks.accepted)}
+            # What would be accepted behind an accepted stop token is never drafted.
+            accepted = blocks.accepted_stream(include_correction=False) & blocks.valid
+            figures |= {"_accepted": accepted.sum(), "_slots": len(accepted)}
         figures |= {"_made_at": aged.sum(), "_aged": len(aged)}
         figures |= {"_tokens": batch.lengths.sum(), "_places": batch.ids.numel()}
         packed = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in figures.values()]
@@ -318,9 +320,10 @@ class DraftModule(L.LightningModule):
 
     def _fresh_anchors(self, batch: ReplayBatch, features: Tensor, states: Tensor | None) -> ReplayBatch:
         assert self.fresh is not None
-        seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
         with self.drafting():
-            found = self.fresh.renew(self.target, self.drafter, batch, features, states, seed, self.global_step)
+            found = self.fresh.renew(
+                self.target, self.drafter, batch, features, states, self._draws(), self.global_step
+            )  # fmt: skip
         # Before torch 2.10 weights that autocast cast without gradients kept none in the pass that follows.
         torch.clear_autocast_cache()
         return found
@@ -336,14 +339,13 @@ class DraftModule(L.LightningModule):
 
     def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
         with self.clock("validation"), ends_at_once():
-            generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
+            generator = self._decoding_generator(batch_idx)
             decoded = self.decoder().decode_batch(batch, generator)
         self.tau.update([d.emitted for d in decoded])
-        # A block cut short by the end of the text says nothing about a rejection at its last slot.
-        whole = [n for d in decoded for n, kept in zip(d.accepted, d.emitted, strict=True) if kept == n + 1]
-        accepted = torch.tensor(whole, device=self.device)
-        self.by_position.update(accepted)
-        self.rejections.update(accepted)
+        blocks = [pair for d in decoded for pair in zip(d.accepted, d.emitted, strict=True)]
+        accepted, emitted = torch.tensor(blocks, device=self.device).view(-1, 2).T
+        self.by_position.update(accepted, emitted)
+        self.rejections.update(accepted, emitted)
 
     def end_of_decoding(self) -> None:
         """Validation has decoded: wait for the other ranks, before anything is summed over them."""
@@ -368,7 +370,7 @@ class DraftModule(L.LightningModule):
         self._validating.enter_context(self.decoding())
 
     def test_step(self, batch: list[tuple[int, list[int]]], batch_idx: int) -> None:
-        generator = torch.Generator(self.device).manual_seed(self.seed * 1_000_003 + batch_idx)
+        generator = self._decoding_generator(batch_idx)
         with ends_at_once():
             decoded = self.decoder().decode_batch([prompt for _, prompt in batch], generator)
         self.tested |= {place: d.emitted for (place, _), d in zip(batch, decoded, strict=True)}
@@ -379,6 +381,9 @@ class DraftModule(L.LightningModule):
         self.tested = {place: emitted for part in parts for place, emitted in part.items()}
         micro, macro = acceptance_length(list(self.tested.values()))
         self.log_dict({"test/tau": micro, "test/tau_macro": macro}, rank_zero_only=True)
+
+    def _decoding_generator(self, batch: int) -> torch.Generator:
+        return torch.Generator(self.device).manual_seed(ranks.own(self.seed * 1_000_003 + batch))
 
     def decoder(self) -> Decoder:
         """Speculative decoding with the drafter as it is now."""
@@ -421,8 +426,11 @@ class DraftModule(L.LightningModule):
         self.skips.restore(checkpoint.get("skipped_steps", self.skips.state()))
         self.tau_before, self.tau_after = checkpoint.get("tau", (math.nan, math.nan))
 
+    def _draws(self) -> int:
+        """The seed of a micro-batch's draws: another one in every step, rank and micro-batch."""
+        step = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
+        return (step + len(self._step.batches) * 15_485_863) % 2**63
+
     def _generator(self) -> torch.Generator | None:
-        if self.sampling.greedy:
-            return None
-        seed = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
-        return torch.Generator(self.device).manual_seed(seed % 2**63)
+        """Of replay's draws; other ones than those that renew anchors."""
+        return None if self.sampling.greedy else torch.Generator(self.device).manual_seed(self._draws() ^ 0x9E3779B9)

@@ -23,6 +23,11 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def own(seed: int) -> int:
+    """A seed for draws of this process's own; the seed itself in the first process."""
+    return seed + 15_485_863 * (dist.get_rank() if count() > 1 else 0)
+
+
 def is_first() -> bool:
     """Whether this process is the first of its run; from its environment, so that it is known before they have met."""
     node = os.environ.get("NODE_RANK", os.environ.get("GROUP_RANK", "0"))

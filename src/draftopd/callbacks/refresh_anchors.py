@@ -115,7 +115,7 @@ class RefreshAnchors(L.Callback):
             request = Request(
                 module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(places), places,
                 module.stop, self.rollout.sampling, self.rollout.max_new_tokens, data.max_prompt_tokens,
-                self.seed + generation, progress,
+                self.seed * 1_000_003 + generation, progress,
             )  # fmt: skip
             for batch in self.rollout.collect(request):
                 writer.add(batch)

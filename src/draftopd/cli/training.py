@@ -74,6 +74,7 @@ def run(config: DictConfig) -> TrainingReport:
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
     data.slots = drafter.num_proposals
     _advise(config)
+    _advise_on_temperature(config, rollout)
     schedule, fresh = config.refresh, None
     texts, every_n_steps = rollout, schedule.every_n_steps
     if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):
@@ -205,6 +206,24 @@ def _advise(config: DictConfig) -> None:
         name = given.split("=")[0].lstrip("+")
         if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
             log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)
+
+
+def _advise_on_temperature(config: DictConfig, rollout: Rollout) -> None:
+    """Warn of a loss whose law is not the one that drafting and verification have above temperature 0."""
+    if rollout.sampling.greedy:
+        return
+    sharpened = config.loss.get("teacher_temperature", 1.0)
+    if sharpened != 1:
+        log.warning(
+            "rollout.temperature=%s verifies with target and drafter at that temperature, but "
+            "loss.teacher_temperature=%s draws the drafter to a target at another: use loss.teacher_temperature=1.",
+            rollout.sampling.temperature, sharpened,
+        )  # fmt: skip
+    if config.loss["_target_"].endswith(".SampledKL") and config.loss.get("include_correction"):
+        log.warning(
+            "Above temperature 0 the recorded token at the correction slot follows other proposals than those that "
+            "replay draws: leave loss.include_correction=true out."
+        )
 
 
 def check_refresh(config: DictConfig, rollout: Rollout) -> None:

@@ -97,7 +97,7 @@ class Decoder:
         for index, prompt in enumerate(prompts):
             self.check(prompt, index)
         for start in range(0, len(prompts), batch_size):
-            generator = torch.Generator(self.target.device).manual_seed(seed * 1_000_003 + start)
+            generator = torch.Generator(self.target.device).manual_seed((seed * 1_000_003 + start) % 2**63)
             yield self.decode_batch(prompts[start : start + batch_size], generator)
 
     def check(self, prompt: list[int], index: int = 0) -> None:

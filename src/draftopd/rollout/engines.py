@@ -9,6 +9,7 @@ from typing import Protocol
 import torch
 from pydantic import PositiveInt
 
+from draftopd import ranks
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
@@ -77,7 +78,7 @@ class SpeculativeRollout:
             request.target, request.drafter, self.sampling, self.verification, self.max_new_tokens, request.stop,
             self.compiled,
         )  # fmt: skip
-        for batch in decoder.decode(request.prompts(), self.batch_size, request.seed):
+        for batch in decoder.decode(request.prompts(), self.batch_size, ranks.own(request.seed)):
             request.progress(len(batch), sum(len(d.response) for d in batch))
             yield [Recorded(d.tokens, len(d.prompt), d.anchors, d.accepted, d.emitted) for d in batch]
 

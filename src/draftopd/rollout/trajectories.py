@@ -17,6 +17,7 @@ from typing import NamedTuple
 from pydantic import PositiveInt
 from transformers import PreTrainedTokenizerBase
 
+from draftopd import ranks
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
@@ -179,7 +180,7 @@ class InProcessTrajectories(GeneratedTrajectories):
             request.target, request.drafter if self.drafted else None, request.sampling,
             max_new_tokens=request.max_new_tokens, stop=request.stop, compiled=self.compiled,
         )  # fmt: skip
-        for batch in decoder.decode(prompts, self.batch_size, request.seed):
+        for batch in decoder.decode(prompts, self.batch_size, ranks.own(request.seed)):
             yield [Trajectory(d.prompt, d.response) for d in batch]
 
 
