@@ -20,6 +20,7 @@ SMALL = (
     "data.prompts_per_refresh=8", "data.batches_per_epoch=null", "data.validation_count=4", "data.batch_size=4",
     "data.validation_batch_size=4",
     "max_new_tokens=12", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
+    "checkpoint.every_n_steps=1",
 )  # fmt: skip
 
 
