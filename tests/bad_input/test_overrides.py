@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 from tests.bad_input.refusing import ADVICE, refused
 from tests.cli.conftest import ROOT
 
-from draftopd.cli.app import _problem
+from draftopd.cli.app import _foreseen, _problem
 from draftopd.cli.check import check
 from draftopd.cli.training import check_values
 from draftopd.connection import Address
@@ -49,6 +49,39 @@ def test_overrides(override: str, message: str, monkeypatch: pytest.MonkeyPatch,
     assert message in said and "hunter2" not in said and "\n" not in said
     assert ADVICE.search(said) or "append" in said
     assert not list(tmp_path.iterdir())
+
+
+FLAGGED = {
+    "option of a sweep unknown": (["-m", "experiment=ablation/gama"], "did you mean 'ablation/gamma'"),
+    "one of a sweep's options unknown": (["-m", "loss=reach,reah", "seed=0,1"], "loss=reah does not exist"),
+    "a sweep of addresses with a password": (
+        ["-m", "rollout=decode_free", "trajectories=server", "trajectories.url=http://u:hunter2@a,http://b"], "leave",
+    ),
+    "shown, option unknown": (["experiment=recipee", "--cfg", "job"], "did you mean 'recipe'"),
+    "shown, key misspelt": (["--cfg", "job", "loss.gama=0.5"], "did you mean 'loss.gamma'"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("arguments", "message"), FLAGGED.values(), ids=FLAGGED)
+def test_beside_flags(arguments: list[str], message: str) -> None:
+    said = _foreseen(ROOT / "configs", "train", arguments) or ""
+    assert message in said and "hunter2" not in said
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["-m", "loss=asymmetric_kl,forward_kl", "loss.accepted_weight=0.5,1", "seed=range(3)"],
+        ["-m", "experiment=ablation/gamma"],
+        ["--multirun", "drafter=glob(*)"],
+        ["~logger", "--cfg", "job"],
+        ["--help"],
+        ["--config-dir", "elsewhere", "loss=mine"],
+    ],
+    ids=" ".join,
+)
+def test_nothing_is_wrong_with(arguments: list[str]) -> None:
+    assert _foreseen(ROOT / "configs", "train", arguments) is None
 
 
 def test_a_key_in_the_environment_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,12 +28,9 @@ def run(main: Callable[[], None], configs: Path, name: str) -> None:
 
     A wrong group option or key ends here with the nearest valid one.
     """
-    flags = [a for a in sys.argv[1:] if a.startswith("-")]
-    overrides = [a for a in sys.argv[1:] if not a.startswith("-")]
-    if not flags:
-        problem = _problem(configs, name, overrides)
-        if problem:
-            sys.exit(f"Error: {problem}")
+    problem = _foreseen(configs, name, sys.argv[1:])
+    if problem:
+        sys.exit(f"Error: {problem}")
     try:
         main()
     except SystemExit as ended:
@@ -109,24 +106,77 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
         sys.exit(128 + signal.SIGTERM)
 
 
+def _foreseen(configs: Path, name: str, arguments: list[str]) -> str | None:
+    """What is wrong with a command line, as far as can be said before Hydra reads it and writes anything; or None."""
+    flags = {a.partition("=")[0] for a in arguments if a.startswith("-")}
+    overrides = [a for a in arguments if not a.startswith("-")]
+    if not flags:
+        return _problem(configs, name, overrides)
+    if flags <= {"-m", "--multirun"}:
+        return _problem_of_sweep(configs, name, overrides)
+    if flags <= {"-c", "--cfg", "--resolve"}:
+        # What is to be shown stands among them: job, hydra or all.
+        return _problem(configs, name, [o for o in overrides if "=" in o or o.startswith("~")], keeps=False)
+    return None  # of Hydra's other flags some change where configurations lie
+
+
+def _problem_of_sweep(configs: Path, name: str, overrides: list[str]) -> str | None:
+    """An option that does not exist, or a key that would be written down, in the values of a sweep; or None."""
+    from draftopd.cli.secrets import exposed
+
+    first = []
+    for override in overrides:
+        try:
+            parsed = OverridesParser.create().parse_override(override)
+            swept = parsed.is_sweep_override() and not parsed.is_hydra_override()
+            values = list(parsed.sweep_string_iterator()) if swept else []
+        except HydraException:
+            return None  # Hydra says what it cannot read
+        given = [f"{parsed.get_key_element()}={value}" for value in values] or [override]
+        for one in given:
+            problem = _unknown_option(configs, one)
+            if problem:
+                return problem
+        first.append(given[0])
+    try:
+        with initialize_config_dir(str(configs), version_base="1.3"):
+            return exposed(compose(name, first))
+    except (HydraException, OmegaConfBaseException):
+        return None
+    finally:
+        GlobalHydra.instance().clear()
+
+
+def _unknown_option(configs: Path, override: str) -> str | None:
+    """The option of a group that ``override`` chooses and there is not; or None."""
+    from draftopd.cli.nearest import nearest
+
+    # A group's option may go to another place than the group's own: GROUP@PLACE=OPTION.
+    place, _, option = override.lstrip("+~").partition("=")
+    group = place.partition("@")[0]
+    if "=" not in override or not (configs / group).is_dir() or "/" in group or not group:
+        return None
+    options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
+    if option == "null":
+        return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
+    several = option.startswith("[") and option.endswith("]")
+    for part in option[1:-1].split(",") if several else [option]:
+        if part.strip() and part.strip() not in options and (several or "," not in part):
+            return f"{place}={option} does not exist: {nearest(part.strip(), options)}"
+    return None
+
+
 def _problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) -> str | None:
     """What is wrong with the overrides, or with the directory of a run that ``keeps`` something; or None."""
     from draftopd.cli.nearest import nearest
     from draftopd.cli.secrets import exposed
 
     groups = {path.name for path in configs.iterdir() if path.is_dir()}
-    # A group's option may go to another place than the group's own: GROUP@PLACE=OPTION.
     chosen = [o for o in overrides if re.split("[@=]", o)[0].lstrip("+~") in groups]
     for override in chosen:
-        place, _, option = override.lstrip("+~").partition("=")
-        group = place.partition("@")[0]
-        options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
-        if option == "null":
-            return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
-        several = option.startswith("[") and option.endswith("]")
-        for part in option[1:-1].split(",") if several else [option]:
-            if part.strip() and part.strip() not in options and (several or "," not in part):
-                return f"{place}={option} does not exist: {nearest(part.strip(), options)}"
+        problem = _unknown_option(configs, override)
+        if problem:
+            return problem
     for override in overrides:
         try:
             OverridesParser.create().parse_override(override)
