@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from draftopd.data.prompts import ReasoningPrompts
+from draftopd.data.prompts import ListedPrompts, ReasoningPrompts
 from draftopd.data.replay_datamodule import ReplayDataModule, ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.errors import DraftOPDError
 from draftopd.replay import ReplayBatch
@@ -214,6 +214,16 @@ def test_renewed_anchors_of_a_rollout_that_is_gone_are_dropped(root: Path) -> No
     restored.load_state_dict(state)
     first = next(iter(restored))
     assert len(log) == 1 and first.ids[:, 0].tolist() == log[0][:4]
+
+
+def test_a_short_list_of_held_out_prompts_is_not_repeated(
+    tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture
+) -> None:
+    listed = ListedPrompts([[{"role": "user", "content": str(number)}] for number in range(3)])
+    data = ReplayDataModule(listed, listed, 3, 10)
+    data.attach(tokenizer, tmp_path)
+    assert len([prompt for batch in data.val_dataloader() for prompt in batch]) == 3
+    assert "data.validation_count=10, but there are 3" in caplog.text
 
 
 @pytest.mark.parametrize("held_out, rolled_out", [(2, 3), (3, 2)])

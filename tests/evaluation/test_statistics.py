@@ -119,7 +119,7 @@ def test_the_order_of_prompts_does_not_matter() -> None:
         assert bootstrap(parts[::-1], groups[::-1], median).value == pytest.approx(value)
 
 
-@pytest.mark.parametrize("values", [[4.0], [1.0, 2.0], [3.0, 1.0, 2.0], [9.0, 1.0, 4.0, 2.0], [1.0, 1.0, 5.0, 5.0]])
+@pytest.mark.parametrize("values", [[1.0, 2.0], [3.0, 1.0, 2.0], [9.0, 1.0, 4.0, 2.0], [1.0, 1.0, 5.0, 5.0]])
 def test_medians(values: list[float]) -> None:
     found = bootstrap([(2 * v, 2.0) for v in values], range(len(values)), median=True)
     assert found.value == statistics.median(values)
@@ -135,7 +135,8 @@ def test_medians_of_weighted_draws() -> None:
 
 
 def test_one_example_and_none() -> None:
-    assert bootstrap([(3.0, 2.0)], ["a"]) == Interval(1.5, 1.5, 1.5)
+    found = bootstrap([(3.0, 2.0)], ["a"])
+    assert found.value == 1.5 and math.isnan(found.low) and math.isnan(found.high)
     assert all(math.isnan(x) for x in bootstrap([], []))
 
 
@@ -157,6 +158,15 @@ def test_the_same_data_give_the_same_interval() -> None:
 )
 def test_zero_in_the_interval(found: tuple[float, float, float], resolved: bool) -> None:
     assert Interval(*found).excludes_zero == resolved
+
+
+def test_one_example_has_no_interval() -> None:
+    found = difference([(4.0, 1.0), (6.0, 2.0)], [(3.0, 1.0), (5.0, 2.0)], ["a", "a"])
+    assert found.value == pytest.approx(2 / 3) and math.isnan(found.low) and not found.excludes_zero
+    assert (
+        sentence("tau", "opd", "sft", found)
+        == "tau of opd less that of sft: +0.667, of too few examples for an interval."
+    )
 
 
 def test_sentences() -> None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sized
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -20,6 +21,8 @@ from draftopd.packing import Layout, pack
 from draftopd.replay import ReplayBatch, pad_anchors
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
 from draftopd.rollout.buffer import AnchorBuffer, Recorded
+
+log = logging.getLogger(__name__)
 
 #: Records with the anchors of the drafter as it now is.
 Renew = Callable[[list[Recorded]], list[Recorded]]
@@ -325,7 +328,11 @@ class ReplayDataModule(L.LightningDataModule):
         """This rank's part of the first prompts of a source, and their places among them."""
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        prompts = self.encoder.take(self.sources[source], range(count))
+        there = self.sources[source]
+        if isinstance(there, Sized) and count > len(there):
+            log.warning("data.%s_count=%d, but there are %d: each is decoded once.", source, count, len(there))
+            count = len(there)
+        prompts = self.encoder.take(there, range(count))
         if len(prompts) < ranks:
             # A rank without any would pass by the sums over ranks.
             raise PromptError(

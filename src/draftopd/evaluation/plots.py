@@ -89,8 +89,9 @@ def _bars(panel: Axes, report: Report, what: str, figure_of: Callable[[Evaluatio
         panel.errorbar(x, heights, errors, fmt="none", ecolor="black", capsize=3, linewidth=1)
         for place, height, (_, interval) in zip(x, heights, known, strict=True):
             if not math.isnan(height):
+                top = height if math.isnan(interval.high) else interval.high
                 panel.annotate(
-                    f"{height:.2f}", (place, interval.high), textcoords="offset points", xytext=(0, 3), ha="center",
+                    f"{height:.2f}", (place, top), textcoords="offset points", xytext=(0, 3), ha="center",
                     fontsize="small",
                 )  # fmt: skip
     panel.set_xticks(range(len(report.benchmarks)), report.benchmarks)

@@ -246,9 +246,11 @@ def verdict(result: Evaluation) -> str:
 
 
 def ranged(interval: Interval | None) -> str:
-    """``2.31 [2.25, 2.37]``."""
+    """``2.31 [2.25, 2.37]``; ``2.31`` of a single example."""
     if interval is None or math.isnan(interval.value):
         return "-"
+    if math.isnan(interval.low):
+        return f"{interval.value:.2f}"
     return f"{interval.value:.2f} [{interval.low:.2f}, {interval.high:.2f}]"
 
 

@@ -13,7 +13,7 @@ RESAMPLES = 10_000
 
 
 class Interval(NamedTuple):
-    """A figure and its 95 % interval."""
+    """A figure and its 95 % interval; its ends are NaN where a single example says nothing of others."""
 
     value: float
     low: float
@@ -77,7 +77,7 @@ def difference(
     found = values(draws)
     if np.isnan(found).all():
         return Interval(float("nan"), float("nan"), float("nan"))
-    low, high = np.nanpercentile(found, [2.5, 97.5])
+    low, high = np.nanpercentile(found, [2.5, 97.5]) if count > 1 else (np.nan, np.nan)
     return Interval(float(values(whole)[0]), float(low), float(high))
 
 
@@ -110,6 +110,8 @@ def _figure(parts: NDArray[np.float64], median: bool) -> _Figure:
 
 def sentence(name: str, first: str, second: str, found: Interval) -> str:
     """A plain sentence on a difference: how large, and whether it is resolved."""
+    if np.isnan(found.low):
+        return f"{name} of {first} less that of {second}: {found.value:+.3f}, of too few examples for an interval."
     between = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
     if not found.excludes_zero:
         return f"{name} of {first} and of {second} are not told apart: difference {found.value:+.3f}, {between}."
