@@ -299,6 +299,11 @@ class DraftModule(L.LightningModule):
         self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
         self.agreement.reset()
 
+    def on_train_epoch_start(self) -> None:
+        # However rarely tau is measured on the way, it is of the drafter that the run ends with.
+        if self.trainer.check_val_every_n_epoch and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
+            self.trainer.check_val_every_n_epoch = 1
+
     def on_train_epoch_end(self) -> None:
         # An epoch shorter than the logging interval may have measured nothing, on any rank.
         if self.by_entropy.update_called:

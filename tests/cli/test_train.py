@@ -115,6 +115,26 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
     assert not (finished / "test.json").exists()  # of the run before, whose prompts this one did not test
 
 
+def test_another_drafter_is_refused_and_another_loss_told(
+    finished: Path, chat_targets: dict[str, str], script: Script
+) -> None:
+    common = ["train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *SMALL, f"hydra.run.dir={finished}"]
+    done = script(*common, "drafter.num_layers=2", "drafter.block_size=4", "trainer.max_epochs=3")
+    assert done.returncode == 1 and "a run of another drafter (drafter.num_layers differ)" in done.stderr
+    done = script(*common, *DRAFTER, "trainer.max_epochs=3", "loss=reverse_kl", "loss.gamma=0.9")
+    assert done.returncode == 0 and "with other settings than it had: loss._target_" in done.stdout + done.stderr
+
+
+def test_the_last_epoch_is_validated(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
+    done = script(
+        "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3",
+        "trainer.check_val_every_n_epoch=2", "validate_first=false", f"hydra.run.dir={tmp_path}",
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert [event.step for event in events(tmp_path).Scalars("val/tau")] == [3, 5]
+    assert (tmp_path / "checkpoints" / "best.ckpt").exists()
+
+
 def test_fewer_epochs_than_there_were_are_refused(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
     before = {name: (finished / name).read_bytes() for name in ("report.json", "config.yaml")}
     done = script(

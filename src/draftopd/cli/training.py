@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -33,6 +34,7 @@ from draftopd.cli.watch import watched
 from draftopd.data.replay_datamodule import ReplayDataModule
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError, FileError
+from draftopd.evaluation.runs import settings
 from draftopd.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.module import DraftModule
@@ -70,7 +72,9 @@ def run(config: DictConfig) -> TrainingReport:
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     data: ReplayDataModule = instantiate(config.data)
     data.attach(tokenizer, directory / "anchors")
-    texts_of_the_target = partial(first_texts, data, rollout, target, tokenizer, directory, config.seed)
+    texts_of_the_target = partial(
+        first_texts, data, rollout, target, tokenizer, directory, config.seed, config.trainer.get("accelerator", "auto")
+    )
     drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
     data.slots = drafter.num_proposals
     _advise(config)
@@ -125,6 +129,7 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
     """
     resume = newest_whole(directory / "checkpoints")
     if resume is not None:
+        _compare(directory, config)
         begun = torch.load(resume, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
         if 0 <= (trainer.max_epochs or -1) < begun:
             raise ConfigError(
@@ -151,6 +156,32 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
         raise KeyboardInterrupt from error
 
 
+def _compare(directory: Path, config: DictConfig) -> None:
+    """Warn of settings that a run goes on with and has not begun with.
+
+    Raises:
+        ConfigError: if they make another drafter.
+    """
+    try:
+        before = settings(OmegaConf.load(directory / "config.yaml"))
+    except Exception:  # a record that is absent or damaged says nothing
+        return
+    now = settings(config)
+    other = sorted(key for key in before | now if before.get(key) != now.get(key))
+    shape = [key for key in other if key.startswith("drafter.") and key != "drafter.checkpoint"]
+    if shape:
+        raise ConfigError(
+            f"{directory} holds a run of another drafter ({', '.join(shape[:3])} differ): give what it began with, or "
+            "another directory (hydra.run.dir=DIR)."
+        )
+    changed = [key for key in other if not key.startswith(("trainer.", "checkpoint.", "ranks.", "drafter."))]
+    if changed:
+        log.warning(
+            "This run goes on with other settings than it had: %s. What it comes to will be of both.",
+            ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else ""),
+        )  # fmt: skip
+
+
 def finished(directory: Path, config: DictConfig) -> TrainingReport | None:
     """The report of a run that came to its end in this directory with this configuration, or None."""
     try:
@@ -170,6 +201,11 @@ def check_values(config: DictConfig) -> None:
     values: Any = OmegaConf.to_container(config.module, resolve=True)
     check({"_target_": target, **values}, "module")
     check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
+    for name in ("validate_first", "compiled"):
+        check_value(config[name], bool, name)
+    for name, least in {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}.items():
+        if config.trainer.get(name) is not None:
+            check_value(config.trainer[name], Annotated[int, Field(ge=least)], f"trainer.{name}")
 
 
 def first_texts(
@@ -179,11 +215,15 @@ def first_texts(
     tokenizer: PreTrainedTokenizerBase,
     directory: Path,
     seed: int,
+    accelerator: str = "auto",
 ) -> Iterator[list[int]]:
     """The target's responses to the first refresh's prompts, for a drafter that is made from them.
 
-    They come from the run's own trajectories, so that the first refresh finds them there.
+    They come from the run's own trajectories, so that the first refresh finds them there. There is no trainer yet to
+    place the target.
     """
+    if torch.cuda.is_available() and target.device.type == "cpu" and accelerator in ("auto", "gpu", "cuda"):
+        target.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     source = rollout.trajectories or InProcessTrajectories(str(directory / "trajectories"), drafted=False)
     places = data.stretch(0)
     with rollout_progress(len(places), label="Texts of the target") as progress:
@@ -197,12 +237,17 @@ def first_texts(
 
 def _advise(config: DictConfig) -> None:
     """Warn of options without effect, and of on-policy training that begins with random weights."""
+    overrides = HydraConfig.get().overrides.task
+    if config.loss.get("rejected_weight") == 0 and config.loss.get("accepted_gamma") is not None:
+        for name in ("loss.gamma", "loss.accept_until_fail"):
+            if any(given.split("=")[0].lstrip("+") == name for given in overrides):
+                log.warning("%s has no effect: it is of the rejected stream, and loss.rejected_weight is 0.", name)
     checkpoint = config.drafter.get("checkpoint")
     if checkpoint is None:
         if depends_on_drafter(config.data.anchors):
             log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
         return
-    for given in HydraConfig.get().overrides.task:
+    for given in overrides:
         name = given.split("=")[0].lstrip("+")
         if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
             log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)

@@ -148,7 +148,10 @@ class Target(nn.Module):
                 f"The target {path} lacks the tensors {sorted(report['missing_keys'])[:4]}: copy or download it again."
             )
         target = cls(model)
-        return target.to(device) if device else target
+        try:
+            return target.to(device) if device else target
+        except (RuntimeError, AssertionError) as error:
+            raise TargetError(f"target.device={device} cannot be used: {str(error).splitlines()[0]}") from error
 
     def tap(self, layers: tuple[int, ...]) -> Target:
         """Choose the layers whose outputs later readings carry; only these are kept.
