@@ -22,6 +22,7 @@ from draftopd.errors import ConfigError, DrafterError
 OVERRIDES = {
     "group option unknown": ("target=qwen3_99b", "target=qwen3_99b does not exist: did you mean 'qwen3_"),
     "option at a place unknown": ("loss@loss.first=reach_", "loss@loss.first=reach_ does not exist: did you mean"),
+    "value of a group missing": ("data=jsonl", "data.train_prompts.path must be given: data.train_prompts.path=VALUE"),
     "group unknown": ("los=asymmetric_kl", "los is no configuration key: did you mean 'loss"),
     "group option misspelt": ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
     "group null": ("logger=null", "write ~logger"),

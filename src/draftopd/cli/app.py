@@ -9,7 +9,7 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import NoReturn
@@ -198,11 +198,17 @@ def _problem(configs: Path, name: str, overrides: list[str], keeps: bool = True)
                     return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
                 if key not in known:
                     return f"{key} is no configuration key: {nearest(key, known | groups)}"
-            problem = exposed(compose(name, overrides))
+            config = compose(name, overrides)
+            problem = exposed(config)
             if problem:
                 return problem
+            if not keeps:
+                return None
             whole = compose(name, overrides, return_hydra_config=True)
-            return _unwritable(Path(whole.hydra.run.dir)) if keeps else None
+            missing = next(_missing(config), None)
+            if missing:
+                return f"{missing} must be given: {missing}=VALUE."
+            return _unwritable(Path(whole.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         return re.sub(r"\s+", " ", " ".join(lines[:2]))
@@ -217,6 +223,15 @@ def _unwritable(directory: Path) -> str | None:
         return None
     reason = f"{there} is read-only for you" if there.is_dir() else f"{there} is a file"
     return f"The run cannot be kept in {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
+
+
+def _missing(config: DictConfig, prefix: str = "") -> Iterator[str]:
+    """Dotted keys whose values must be given."""
+    for key in map(str, config):
+        if OmegaConf.is_missing(config, key):
+            yield f"{prefix}{key}"
+        elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
+            yield from _missing(config[key], f"{prefix}{key}.")
 
 
 def _keys(config: DictConfig, prefix: str = "") -> set[str]:
