@@ -61,7 +61,7 @@ def test_a_run_leaves_everything(finished: Path) -> None:
 
 
 def test_operations_and_test_prompts_are_reported(finished: Path) -> None:
-    (run,) = find([finished.parent, finished])
+    (run,) = find([finished, finished])
     spent = run.report["flops"]
     assert min(spent.values()) > 0 and spent["total"] == sum(spent.values()) - spent["total"]
     assert run.report["test_tau"] == pytest.approx(acceptance_length(list(run.tested.values()))[0])
