@@ -204,10 +204,10 @@ def _problem(configs: Path, name: str, overrides: list[str], keeps: bool = True)
                 return problem
             if not keeps:
                 return None
-            whole = compose(name, overrides, return_hydra_config=True)
             missing = next(_missing(config), None)
             if missing:
                 return f"{missing} must be given: {missing}=VALUE."
+            whole = compose(name, overrides, return_hydra_config=True)
             return _unwritable(Path(whole.hydra.run.dir))
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
