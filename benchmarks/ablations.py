@@ -28,8 +28,8 @@ from matplotlib.figure import Figure
 from omegaconf import OmegaConf
 from runs import RESULTS, ROOT, interval, save, side_by_side, train
 
+from draftopd.cli.runs import Run, find
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.runs import Run, find
 from draftopd.evaluation.seeds import gain, tau
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")

@@ -27,15 +27,16 @@ from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.rollout.buffer import Recorded
-from draftopd.rollout.engines import DecodeFreeRollout, SpeculativeRollout
-from draftopd.rollout.trajectories import InProcessTrajectories, Request
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.rollout.request import Request
+from draftopd.rollout.rollouts import DecodeFreeRollout, SpeculativeRollout
+from draftopd.rollout.trajectories import InProcessTrajectories
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 
 
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    target = Target.load(options.target, dtype=options.dtype, device=options.device)
+    target = load_target(options.target, dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(options.target)
     drafter = DFlashDrafter.load(options.drafter).to(target.device).eval()
     target.tap(drafter.target_layer_ids)

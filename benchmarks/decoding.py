@@ -25,8 +25,8 @@ from machine import keep
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.drafters.load import load_for
-from draftopd.targets.hub import resolve
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.io.hub import resolve
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 
 RESULTS = Path(__file__).parent / "results" / "decoding.json"
 
@@ -66,7 +66,7 @@ def main() -> None:
     parser.add_argument("--results", type=Path, default=RESULTS)
     options = parser.parse_args()
 
-    target, tokenizer = Target.load(options.target, dtype="float32"), load_tokenizer(options.target)
+    target, tokenizer = load_target(options.target, dtype="float32"), load_tokenizer(options.target)
     drafter = load_for(target, options.drafter).eval()
     stop = stop_tokens(target, tokenizer)
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(options.prompts))

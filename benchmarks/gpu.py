@@ -46,9 +46,9 @@ from draftopd.drafters.load import load_for
 from draftopd.losses import liger
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.rollout.buffer import Recorded
-from draftopd.rollout.engines import DecodeFreeRollout
+from draftopd.rollout.rollouts import DecodeFreeRollout
 from draftopd.rollout.trajectories import InProcessTrajectories
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "gpu.json"
@@ -122,19 +122,19 @@ def check_liger(shape: dict[str, Any], sizes: dict[str, Any], device: str, dtype
     )  # fmt: skip
     blocks, results = blocks_of(options), []
     for fits in (liger.fits, lambda *_: False):
-        blocks.student.grad = None
+        blocks.draft_states.grad = None
         with patch.object(liger, "fits", fits):
             value = CrossEntropy(gamma=2.0)(blocks).loss
         (3 * value).backward()
-        assert blocks.student.grad is not None
-        results.append((value.detach().double(), blocks.student.grad.double()))
+        assert blocks.draft_states.grad is not None
+        results.append((value.detach().double(), blocks.draft_states.grad.double()))
     (value, gradient), (other, right) = results
     return {"value": float((value - other).abs() / other), "gradient": float((gradient - right).norm() / right.norm())}
 
 
 def check_bundled(device: str, compiled: bool) -> dict[str, bool]:
     """Whether all ways of decoding the bundled pair give one text, and the walk finds decoding's anchors."""
-    target = Target.load("bundled:tiny_target", dtype="float32", device=device)
+    target = load_target("bundled:tiny_target", dtype="float32", device=device)
     tokenizer = load_tokenizer("bundled:tiny_target")
     drafter = load_for(target, "bundled:tiny_dflash").to(device).eval()
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(8 if device == "cuda" else 2))

@@ -50,11 +50,11 @@ LOST_AFTER = 10
 RANKS = ("trainer=ddp", "trainer.devices=2", "data.batch_size=2", f"ranks.lost_after={LOST_AFTER}")
 #: What each phase is a call of.
 PHASES = {
-    "rollout": "draftopd.callbacks.refresh_anchors:RefreshAnchors.refresh",
+    "rollout": "draftopd.training.refresh:RefreshAnchors.refresh",
     "buffer": "draftopd.rollout.buffer:BufferWriter.__exit__",
-    "step": "draftopd.module:DraftModule.training_step",
-    "validation": "draftopd.module:DraftModule.validation_step",
-    "checkpoint": "draftopd.callbacks.last_checkpoint:LastCheckpoint._keep",
+    "step": "draftopd.training.module:DraftModule.training_step",
+    "validation": "draftopd.training.module:DraftModule.validation_step",
+    "checkpoint": "draftopd.training.checkpoints:LastCheckpoint._keep",
     "drafter": "draftopd.drafters.base:Drafter.save",
 }
 
@@ -63,7 +63,7 @@ def child(trace: Path, overrides: list[str]) -> None:
     """``train.py`` that tells when each phase begins and ends and which steps are taken."""
     import importlib
 
-    from draftopd.callbacks.last_checkpoint import LastCheckpoint
+    from draftopd.training.checkpoints import LastCheckpoint
 
     out = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

@@ -26,10 +26,10 @@ from machine import fresh_peak, held, keep, wait
 from torch import Tensor, nn
 
 from draftopd.losses import liger
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.losses.kl import ForwardKL, ReverseKL
+from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
@@ -70,10 +70,14 @@ def step_of(options: argparse.Namespace, blocks: Blocks) -> Callable[[], Tensor]
         return of_package
     head = blocks.head
     if options.loss == "cross_entropy":
-        return lambda: nn.functional.cross_entropy(head.logits(blocks.student).flatten(0, 1), blocks.labels.flatten())
+        return lambda: nn.functional.cross_entropy(
+            head.logits(blocks.draft_states).flatten(0, 1), blocks.labels.flatten()
+        )
     divergence = LOSSES[options.loss][1]
-    teacher = blocks.teacher.flatten(0, 1)
-    return lambda: divergence(head.logits(blocks.student).flatten(0, 1), head.logits(teacher).log_softmax(-1)).mean()
+    teacher = blocks.target_states.flatten(0, 1)
+    return lambda: divergence(
+        head.logits(blocks.draft_states).flatten(0, 1), head.logits(teacher).log_softmax(-1)
+    ).mean()
 
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
@@ -81,14 +85,14 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     blocks = blocks_of(options)
     step, before, seconds = step_of(options, blocks), fresh_peak(options.device), []
     for number in range(options.rounds + 1):
-        blocks.student.grad = None
+        blocks.draft_states.grad = None
         began = time.perf_counter()
         value = step()
         value.backward()
         wait(options.device)
         if number:  # the first warms up
             seconds.append(time.perf_counter() - began)
-    gradient = blocks.student.grad
+    gradient = blocks.draft_states.grad
     assert gradient is not None
     return {
         "seconds": statistics.median(seconds),

@@ -25,17 +25,19 @@ from rich.console import Console
 from rich.table import Table
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
-from draftopd.data.replay_datamodule import ReplayDataset, ReplayLoader, ReplaySampler
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_drafter
 from draftopd.losses.base import Loss
-from draftopd.replay import replay
+from draftopd.replay.replay import replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import BufferWriter
-from draftopd.rollout.engines import DecodeFreeRollout
-from draftopd.rollout.trajectories import InProcessTrajectories, Request
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.rollout.request import Request
+from draftopd.rollout.rollouts import DecodeFreeRollout
+from draftopd.rollout.trajectories import InProcessTrajectories
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
+from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
 
 #: By stage: its loss, its anchors, and how many of a sequence.
 STAGES = {"opd": ("asymmetric_kl", "visited", 64), "sft": ("cross_entropy", "random", 32)}
@@ -58,7 +60,7 @@ class Run:
         batch = next(self.batches)
         drafter.zero_grad()
         began, cpu_began = time.perf_counter(), time.process_time()
-        blocks = replay(target, drafter, batch, Sampling(), stop, loss.teacher, propose=loss.uses_proposals)
+        blocks = replay(target, drafter, batch, Sampling(), stop, loss.scope, propose=loss.uses_proposals)
         value = loss(blocks).loss
         value.backward()
         if counts:
@@ -73,7 +75,7 @@ class Run:
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    target, tokenizer = Target.load(options.target, dtype="float32"), load_tokenizer(options.target)
+    target, tokenizer = load_target(options.target, dtype="float32"), load_tokenizer(options.target)
     drafter = load_drafter(options.drafter, target.num_layers)
     target.tap(drafter.target_layer_ids)
     stop = stop_tokens(target, tokenizer)

@@ -27,7 +27,7 @@ from draftopd.losses.kl import ForwardKL
 from draftopd.planning.measure import decoding_peak, step_peaks
 from draftopd.planning.memory import Decoding, by_moment, decoding, training_step
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
-from draftopd.replay import ReplayBatch
+from draftopd.replay.batch import ReplayBatch
 from draftopd.targets.target import Target
 
 RESULTS = Path(__file__).parent / "results" / "plan.json"
@@ -92,7 +92,7 @@ def compare(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     t = TargetSize.of(target, target.dtype.itemsize)
     d = DrafterSize.of(drafter)
     step = Step(
-        case["batch"], case["tokens"], case["anchors"], 4, 2 if case["bfloat16"] else 4, loss.teacher,
+        case["batch"], case["tokens"], case["anchors"], 4, 2 if case["bfloat16"] else 4, loss.scope,
         3 if case["loss"] == "cross_entropy" else 6, checkpointing=case["checkpointing"], attention=case["attention"],
     )  # fmt: skip
     planned = by_moment(training_step(t, d, step))

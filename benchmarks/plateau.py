@@ -36,8 +36,8 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from runs import RESULTS, interval, save, scalars, side_by_side, train
 
+from draftopd.cli.runs import Run, find, rows, write_csv
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.runs import Run, find, rows, write_csv
 from draftopd.evaluation.seeds import gain, tau
 
 #: By arm its name in a sentence, and under an axis.

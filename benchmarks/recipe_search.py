@@ -19,7 +19,7 @@ from typing import Any
 from machine import keep
 from runs import RESULTS, side_by_side, train
 
-from draftopd.evaluation.runs import find
+from draftopd.cli.runs import find
 
 KEPT = RESULTS / "recipe_search.json"
 
@@ -60,7 +60,7 @@ ROWS = {
     "b4_g1_r1": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=90", "data.prompts_per_refresh=360"],
     "b4_g1_r4": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=160", "data.prompts_per_refresh=160"],
     "fk_a3": [
-        *FRESH, "loss=forward_kl", "loss.teacher_temperature=0.05", "loss.accepted_weight=0.3",
+        *FRESH, "loss=forward_kl", "loss.target_temperature=0.05", "loss.accepted_weight=0.3",
         "loss.accept_until_fail=true", "loss.gamma=0.8",
     ],
     "dp0": [*FRESH, "loss=d_pace", "loss.smoothing=0.0"],
@@ -71,7 +71,7 @@ ROWS = {
     "b4_e2e": [*FRESH, *SMALL, "loss=e2e_tv"],
     "b4_to_rkl": [*FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0"],
     "b4_to_rkl_sharp": [
-        *FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0", "loss.second.teacher_temperature=0.05",
+        *FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0", "loss.second.target_temperature=0.05",
     ],
     "b4_curriculum": [
         *FRESH, *SMALL, *TO, "loss@loss.second=asymmetric_kl", "loss.first.accepted_gamma=0.5",

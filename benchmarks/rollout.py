@@ -31,10 +31,12 @@ from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
-from draftopd.rollout.engines import DecodeFreeRollout, Rollout, SpeculativeRollout, TargetRollout
-from draftopd.rollout.trajectories import InProcessTrajectories, Request, Trajectory
-from draftopd.stopwatch import Stopwatch
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout, SpeculativeRollout, TargetRollout
+from draftopd.rollout.trajectories import InProcessTrajectories
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
+from draftopd.training.stopwatch import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "rollout.json"
 ENGINES = ("speculative", "target", "decode_free")
@@ -90,7 +92,7 @@ def refresh(rollout: Rollout, request: Request, root: Path, clock: Stopwatch, re
 def main() -> None:
     options = parse()
     torch.set_num_threads(options.threads)
-    target = Target.load(options.target, dtype=options.dtype, device=options.device)
+    target = load_target(options.target, dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(options.target)
     drafter = load_for(target, options.drafter).to(target.device).eval()
     target.tap(drafter.target_layer_ids)

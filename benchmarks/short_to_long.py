@@ -25,8 +25,8 @@ from machine import keep
 from matplotlib.figure import Figure
 from runs import RESULTS, interval, save, side_by_side, train
 
+from draftopd.cli.runs import find
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.runs import find
 from draftopd.evaluation.seeds import gain, tau
 
 KEPT = RESULTS / "short_to_long.json"

@@ -54,9 +54,9 @@ SHORT = (
 )  # fmt: skip
 #: What is counted: calls of these.
 COUNTED = {
-    "refreshes": "draftopd.callbacks.refresh_anchors:RefreshAnchors.refresh",
-    "validations": "draftopd.module:DraftModule.on_validation_epoch_end",
-    "checkpoints": "draftopd.callbacks.last_checkpoint:LastCheckpoint._keep",
+    "refreshes": "draftopd.training.refresh:RefreshAnchors.refresh",
+    "validations": "draftopd.training.module:DraftModule.on_validation_epoch_end",
+    "checkpoints": "draftopd.training.checkpoints:LastCheckpoint._keep",
 }
 IN_USE = "in_use_mb"
 WATCHED = ("rss_mb", "uss_mb", "open_files", "threads", "directory_mb")
@@ -85,7 +85,7 @@ def in_use() -> float:
 
 def child(trace: Path, overrides: list[str]) -> None:
     """``train.py`` that writes a line for each step and for each thing counted."""
-    from draftopd.callbacks.refresh_anchors import RefreshAnchors
+    from draftopd.training.refresh import RefreshAnchors
 
     out = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 

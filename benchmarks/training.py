@@ -35,9 +35,10 @@ from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
-from draftopd.replay import ReplayBatch, replay
-from draftopd.stopwatch import Stopwatch
+from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.replay import replay
 from draftopd.targets.target import Target
+from draftopd.training.stopwatch import Stopwatch
 
 RESULTS = Path(__file__).parent / "results" / "training.json"
 SHAPE = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "block", "batch", "taps", "rounds")
@@ -112,7 +113,7 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
         began = time.perf_counter()
         with mixed:
             blocks = replay(
-                target, drafter, batch, Sampling(), frozenset(), teacher=loss.teacher, clock=clock,
+                target, drafter, batch, Sampling(), frozenset(), teacher=loss.scope, clock=clock,
                 propose=loss.uses_proposals,
             )  # fmt: skip
             with clock("loss"):

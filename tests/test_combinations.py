@@ -13,12 +13,13 @@ from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
-from draftopd.replay import ReplayBatch, replay
+from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.replay import replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.targets.target import Target
-from tests.cli.conftest import ROOT
-from tests.losses.configured import LOSSES, loss_config
-from tests.test_replay import as_batch
+from tests.support.batches import as_batch
+from tests.support.losses import LOSSES, loss_config
+from tests.support.paths import ROOT
 
 DRAFTERS = ("dflash", "eagle3_reduced", "mtp")
 RULES: dict[str, tuple[Sampling, Verification]] = {
@@ -59,7 +60,7 @@ def test_each_combination_learns(
     values = []
     for _ in range(STEPS):
         blocks = replay(
-            target, drafter, batch, sampling, frozenset({5}), loss.teacher,
+            target, drafter, batch, sampling, frozenset({5}), loss.scope,
             torch.Generator().manual_seed(3), verification=verification,
         )  # fmt: skip
         value = loss(blocks).loss
@@ -81,7 +82,7 @@ def test_each_drafter_is_lossless_after_learning(drafts: str, target: Target, ma
     for _ in range(60):
         optimizer.zero_grad()
         loss = instantiate(loss_config("cross_entropy"))
-        loss(replay(target, drafter, batch, Sampling(), frozenset(), loss.teacher)).loss.backward()
+        loss(replay(target, drafter, batch, Sampling(), frozenset(), loss.scope)).loss.backward()
         optimizer.step()
     prompts = [ids[:start].tolist() for ids, start in zip(batch.ids, batch.starts.tolist(), strict=True)]
     found = Decoder(target, drafter.eval(), max_new_tokens=24).decode_batch(prompts)

@@ -20,8 +20,8 @@ from draftopd.cli.check import check
 from draftopd.cli.training import check_refresh
 from draftopd.decoding.generate import Decoder
 from draftopd.targets.target import Target
-from tests.cli.conftest import ROOT
-from tests.conftest import small_model
+from tests.support.models import small_model
+from tests.support.paths import ROOT
 
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
@@ -72,7 +72,7 @@ def test_the_api_lists_every_module() -> None:
     modules = [".".join(path.relative_to(source).with_suffix("").parts) for path in source.rglob("*.py")]
     public = [m for m in modules if not m.endswith(("__init__", "__main__")) and ".cli." not in m]
     listed = re.findall(r"^::: (\S+)$", "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md")), re.M)
-    assert sorted(listed) == sorted(set(public) - {"draftopd.plan"})
+    assert sorted(listed) == sorted(set(public) - {"draftopd.cli.plan"})
 
 
 def commands(kind: str) -> list[str]:
@@ -88,7 +88,7 @@ INVENTED = ("loss=hellinger", "drafter=slot_heads", "benchmark=sums")
 
 
 @pytest.mark.parametrize(
-    "script, name", [("train.py", "train"), ("eval.py", "eval"), ("python -m draftopd.plan", "train")]
+    "script, name", [("train.py", "train"), ("eval.py", "eval"), ("python -m draftopd.cli.plan", "train")]
 )
 def test_commands_compose(script: str, name: str) -> None:
     """Every group, option, key and type of every command is one that the scripts take."""
@@ -156,10 +156,10 @@ def code(page: str, first_line: str) -> dict[str, Any]:
 
 def test_the_loss_of_the_page() -> None:
     loss = code("extending.md", "# src/draftopd/losses/hellinger.py")["Hellinger"](gamma=0.8)
-    student, teacher = torch.randn(2, 5, 7, dtype=torch.float64)
-    p, q = teacher.softmax(-1), student.softmax(-1)
+    drafted, targets = torch.randn(2, 5, 7, dtype=torch.float64)
+    p, q = targets.softmax(-1), drafted.softmax(-1)
     expected = 0.5 * (p.sqrt() - q.sqrt()).square().sum(-1)
-    torch.testing.assert_close(loss.slot(student, teacher.log_softmax(-1)), expected)
+    torch.testing.assert_close(loss.slot(drafted, targets.log_softmax(-1)), expected)
     assert (ROOT / "README.md").read_text().count("class Hellinger(SlotLoss):") == 1
 
 
@@ -197,7 +197,7 @@ def test_the_benchmark_of_the_page() -> None:
 
 
 def test_the_decoder_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
-    names = code("api/index.md", "from draftopd.data.reasoning import problem")
+    names = code("api/index.md", "from draftopd.bundled.problems import problem")
     assert names["decoded"].acceptance_length > 1.5 and "tau" in capsys.readouterr().out
 
 

@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 from omegaconf import OmegaConf
 
+from draftopd.io.hub import _hub_reachable
 from draftopd.planning.shapes import shape_of
-from draftopd.targets.hub import _hub_reachable
-from draftopd.targets.target import Target, load_tokenizer
+from draftopd.targets.load import load_target, load_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SOURCES = [*sorted((ROOT / "src").rglob("*.py")), ROOT / "train.py", ROOT / "eval.py"]
@@ -61,7 +61,7 @@ def test_pickles_hold_tensors_and_plain_values_only() -> None:
 def test_targets_are_read_from_safetensors_without_their_code() -> None:
     models = [o for _, name, o in calls() if name == "AutoModelForCausalLM.from_pretrained"]
     assert models and all(options.get("use_safetensors") is True for options in models)
-    for load in (Target.load, load_tokenizer, shape_of):
+    for load in (load_target, load_tokenizer, shape_of):
         assert inspect.signature(load).parameters["trust_remote_code"].default is False
     for path in sorted((ROOT / "configs" / "target").glob("*.yaml")):
         assert OmegaConf.load(path).target.trust_remote_code is False, path
@@ -80,7 +80,7 @@ def test_only_the_commands_know_hydra() -> None:
 
 
 def test_whatever_opens_a_connection_gives_up() -> None:
-    """Connections to servers and programs; those to the hub are tests/targets/test_hub.py's."""
+    """Connections to servers and programs; those to the hub are tests/io/test_hub.py's."""
     opens = ("subprocess.run", "socket.create_connection", "httpx2.Client", "httpx2.get", "urlopen", "requests.get")
     found = [(place, name, options) for place, name, options in calls() if name in opens]
     assert {name for _, name, _ in found} == {"subprocess.run", "socket.create_connection", "httpx2.Client"}

@@ -1,5 +1,8 @@
 """Errors a user can act on. Each says what was found, what was expected and what to do."""
 
+#: Ends the messages of a command that was stopped.
+CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
+
 
 class DraftOPDError(Exception):
     """Base of all errors that end a command with one clear message instead of a traceback."""

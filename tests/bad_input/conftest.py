@@ -8,16 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import DRAFTERS, small_model
+from tests.support.models import DRAFTERS, small_model
+from tests.support.refusing import Copy
 from transformers import PreTrainedTokenizerFast
 
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
-from draftopd.rollout.trajectories import Request
+from draftopd.rollout.request import Request
 from draftopd.targets.target import Target
-
-#: ``(kind) -> directory``: a fresh copy of what is to be spoiled.
-Copy = Callable[[str], Path]
 
 
 @pytest.fixture(scope="session")

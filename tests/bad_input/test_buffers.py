@@ -12,13 +12,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.bad_input.refusing import refused, snapshot
+from tests.support.refusing import refused, snapshot
 from torch import Tensor
 
 from draftopd.errors import BufferError
-from draftopd.files import seal
+from draftopd.io.files import seal
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
-from draftopd.rollout.trajectory_store import TrajectoryStore
+from draftopd.rollout.store import TrajectoryStore
 
 NAME = "shard-000-00000.safetensors"
 Change = Callable[[Path], object]

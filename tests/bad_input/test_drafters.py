@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.bad_input.conftest import Copy
-from tests.bad_input.refusing import refused
+from tests.support.refusing import Copy, refused
 
+from draftopd.cli.interop import read_any
 from draftopd.drafters.load import load_for
 from draftopd.errors import DrafterError, FileError
-from draftopd.interop.__main__ import read_any
 from draftopd.targets.target import Target
 
 Change = Callable[[Path], object]

@@ -8,15 +8,15 @@ from typing import Any
 import pytest
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
-from tests.bad_input.refusing import ADVICE, refused
-from tests.cli.conftest import ROOT
+from tests.support.paths import ROOT
+from tests.support.refusing import ADVICE, refused
 
 from draftopd.cli.app import _foreseen, _problem
 from draftopd.cli.check import check
 from draftopd.cli.training import check_values
-from draftopd.connection import Address
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError, DrafterError
+from draftopd.io.connection import Address
 
 #: Overrides that are refused before Hydra begins, so that nothing of them is written.
 OVERRIDES = {
@@ -102,7 +102,7 @@ NODES: dict[str, tuple[dict[str, Any], str]] = {
     "_target_ a list": ({"_target_": ["os.system"]}, "names nothing"),
     "_target_ empty": ({"_target_": ""}, "names nothing"),
     "_target_ no part": ({"_target_": "draftopd.errors"}, "names nothing that can be called|names nothing"),
-    "value missing": ({"_target_": "draftopd.targets.target.Target.load", "path": "???"}, "part.path must be given"),
+    "value missing": ({"_target_": "draftopd.targets.load.load_target", "path": "???"}, "part.path must be given"),
     "choice unknown": (
         {"_target_": "draftopd.losses.asymmetric_kl.AsymmetricKL", "normalization": "both"}, "normalization=both does",
     ),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.bad_input.refusing import refused
+from tests.support.refusing import refused
 
 from draftopd.data import prompts
 from draftopd.data.prompts import JsonlPrompts, ListedPrompts, PromptEncoder
@@ -15,10 +15,10 @@ from draftopd.errors import FileError, PromptError
 from draftopd.evaluation.benchmark import JsonlBenchmark
 from draftopd.evaluation.store import ResultStore
 from draftopd.evaluation.suites import Suite
-from draftopd.files import seal
+from draftopd.io.files import seal
 from draftopd.rollout import recorded
 from draftopd.rollout.recorded import JsonlTrajectories
-from draftopd.rollout.trajectories import Request
+from draftopd.rollout.request import Request
 
 DEEP = b'{"prompt": ' * 5000 + b"1" + b"}" * 5000
 FIELD = "under 'prompt'.*set data.train_prompts.field"

@@ -12,15 +12,15 @@ from typing import Any
 
 import httpx2
 import pytest
-from tests.bad_input.refusing import refused
+from tests.support.refusing import refused
 
-from draftopd import connection
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ServerError
 from draftopd.evaluation.served import Asking, ServerEngine
+from draftopd.io import connection
+from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.server import ServerTrajectories
 from draftopd.rollout.server_answers import Unproven, from_generate, from_text, from_token_ids
-from draftopd.rollout.trajectories import Request, Trajectory
 
 MODELS = {"data": [{"id": "small"}]}
 DEEP = "[" * 100_000
@@ -114,8 +114,8 @@ def collect(**options: Any) -> Callable[[Request, Path], object]:
 
 def kept(store: Path, request: Request) -> None:
     """The store as a collection leaves it that got nothing."""
+    from draftopd.rollout.store import TrajectoryStore
     from draftopd.rollout.trajectories import settings
-    from draftopd.rollout.trajectory_store import TrajectoryStore
 
     TrajectoryStore(store, settings(request))
 

@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.bad_input.conftest import Copy
-from tests.bad_input.refusing import refused
 from tests.bad_input.test_drafters import DEEP, Harm, pickled
+from tests.support.refusing import Copy, refused
 
 from draftopd.errors import TargetError
 from draftopd.interop.target_files import TargetFiles
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
 
 Change = Callable[[Path], object]
 
@@ -126,14 +126,14 @@ TARGETS: dict[str, tuple[Change, str]] = {
 def test_targets(change: Change, message: str, copy: Copy, tmp_path: Path) -> None:
     place = copy("target")
     change(place)
-    refused(lambda: Target.load(str(place), dtype="float32"), TargetError, message, tmp_path)
+    refused(lambda: load_target(str(place), dtype="float32"), TargetError, message, tmp_path)
 
 
 def test_a_config_names_no_kernel_to_download(copy: Copy) -> None:
     """transformers would fetch and run it; how attention is computed is for the user to say."""
     place = copy("target")
     config(attn_implementation="kernels-community/x", _attn_implementation="kernels-community/x")(place)
-    assert Target.load(str(place), dtype="float32").model.config._attn_implementation == "sdpa"
+    assert load_target(str(place), dtype="float32").model.config._attn_implementation == "sdpa"
 
 
 TOKENIZERS: dict[str, tuple[Change, str]] = {

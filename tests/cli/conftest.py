@@ -5,23 +5,12 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
-from pathlib import Path
 
 import pytest
-from tests.conftest import KINDS, small_model
+from tests.support.models import KINDS, small_model
+from tests.support.paths import ROOT
+from tests.support.runs import Script
 from transformers import PreTrainedTokenizerFast
-
-ROOT = Path(__file__).parents[2]
-Script = Callable[..., "subprocess.CompletedProcess[str]"]
-
-#: A run of seconds on a small random target.
-SMALL = (
-    "data.prompts_per_refresh=8", "data.batches_per_epoch=null", "data.validation_count=4", "data.batch_size=4",
-    "data.validation_batch_size=4",
-    "max_new_tokens=12", "trainer.max_epochs=2", "trainer.enable_progress_bar=false",
-    "checkpoint.every_n_steps=1",
-)  # fmt: skip
 
 
 @pytest.fixture(scope="session")

@@ -11,15 +11,14 @@ import time
 from pathlib import Path
 
 import pytest
-from tests.cli.conftest import ROOT, SMALL, Script
-from tests.conftest import small_model
+from tests.support.models import small_model
+from tests.support.paths import ROOT
+from tests.support.runs import DRAFTER, SMALL, Script
 
 from draftopd.cli.app import _problem
 from draftopd.cli.nearest import nearest
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target
-
-DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

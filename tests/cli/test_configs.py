@@ -7,8 +7,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tests.cli.conftest import ROOT
-from tests.losses.configured import LOSSES, loss_config
+from tests.support.losses import LOSSES, loss_config
+from tests.support.paths import ROOT
 
 from draftopd.cli.check import _locate, _parameters, check
 from draftopd.cli.training import check_sharding

@@ -7,12 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.cli.conftest import SMALL, Script
+from tests.support.runs import DRAFTER, SMALL, Script, scalars
 from torch import Tensor
 
 from draftopd.drafters.dflash import DFlashDrafter
 
-DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 #: Plain texts, so that one process and two see the same; all anchors, so that none is drawn; one step.
 COMMON = (
     "rollout=target", "data.anchors=all", "data.anchors_per_sequence=null", "data.prompts_per_refresh=4",
@@ -26,14 +25,6 @@ def gradients(directory: Path) -> list[Tensor]:
     """AdamW's first moments: after one step a tenth of the gradients, whose rounding the weights would enlarge."""
     checkpoint = torch.load(directory / "checkpoints" / "last.ckpt", weights_only=True)
     return [state["exp_avg"] for state in checkpoint["optimizer_states"][0]["state"].values()]
-
-
-def scalars(directory: Path, tag: str) -> list[float]:
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    return [event.value for event in events.Scalars(tag)]
 
 
 @pytest.mark.parametrize(

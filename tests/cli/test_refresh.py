@@ -9,12 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.cli.conftest import SMALL, Script
+from tests.support.runs import DRAFTER, SMALL, Script, scalars
 
 from draftopd.rollout.buffer import AnchorBuffer
-
-DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 
 
 @pytest.fixture
@@ -28,12 +25,6 @@ def train(chat_targets: dict[str, str], script: Script):
         )  # fmt: skip
 
     return run
-
-
-def scalars(directory: Path, tag: str) -> list[float]:
-    events = EventAccumulator(str(directory / "tensorboard"))
-    events.Reload()
-    return [event.value for event in events.Scalars(tag)]
 
 
 def weights(directory: Path) -> dict[str, torch.Tensor]:

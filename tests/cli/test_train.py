@@ -14,20 +14,19 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from tests.cli.conftest import ROOT, SMALL, Script
-from tests.conftest import KINDS
-from tests.faults import flip, flip_weights
+from tests.support.faults import flip, flip_weights
+from tests.support.models import KINDS
+from tests.support.paths import ROOT
+from tests.support.runs import DRAFTER, SMALL, Script, events
 
 from draftopd.cli.report import FORMAT
+from draftopd.cli.runs import find, rows
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.evaluation.runs import find, rows
-from draftopd.files import locked, read_json
+from draftopd.io.files import locked, read_json
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.rollout.buffer import AnchorBuffer
 
 COUNTED = ("module.count_flops=true", "data.test_count=5")
-DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
 
 
 @pytest.fixture(scope="module")
@@ -41,12 +40,6 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chat_targets: dict[str, s
     assert done.returncode == 0, done.stderr
     assert "Training report" in done.stdout and "held-out tau before" in done.stdout
     return directory
-
-
-def events(run: Path) -> EventAccumulator:
-    found = EventAccumulator(str(run / "tensorboard"))
-    found.Reload()
-    return found
 
 
 def test_a_run_leaves_everything(finished: Path) -> None:

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from transformers import PreTrainedTokenizerFast
 
+from draftopd.bundled.problems import problem
 from draftopd.data.prompts import HubPrompts, JsonlPrompts, ListedPrompts, PromptEncoder, ReasoningPrompts
-from draftopd.data.reasoning import problem
 from draftopd.errors import PromptError
 
 BENCHMARKS = Path(__file__).parents[3] / "shared" / "benchmarks"

@@ -17,12 +17,12 @@ from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.step import Rules, decoding_step
 from draftopd.drafters.load import load_for
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler on a CPU")
 def test_growing_texts_and_shrinking_batches() -> None:
-    target, tokenizer = Target.load("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
+    target, tokenizer = load_target("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
     drafter = load_for(target, "bundled:tiny_dflash").eval()
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(3))
     stop = stop_tokens(target, tokenizer)
@@ -35,7 +35,7 @@ def test_growing_texts_and_shrinking_batches() -> None:
 @torch.no_grad()
 def test_a_step_can_become_a_cuda_graph() -> None:
     """It is one graph, of which nothing but the anchors and their tokens moves; weights and memory stay."""
-    target = Target.load("bundled:tiny_target", dtype="float32")
+    target = load_target("bundled:tiny_target", dtype="float32")
     drafter = load_for(target, "bundled:tiny_dflash").eval()
     target.tap(drafter.target_layer_ids)
     found = []

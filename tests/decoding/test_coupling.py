@@ -7,7 +7,8 @@ from itertools import product
 
 import pytest
 import torch
-from tests.decoding.test_verify import CORRECT, SAMPLES, VOCAB, WRONG, ChiSquare, Laws
+from tests.decoding.test_verify import CORRECT, WRONG
+from tests.support.laws import SAMPLES, VOCAB, ChiSquare, Laws
 from torch import Tensor
 
 from draftopd.decoding import coupling

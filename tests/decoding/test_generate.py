@@ -9,21 +9,22 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import DRAFTERS, KINDS
+from tests.support.laws import correction_from_target
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from torch import Tensor
 
-from draftopd.data.reasoning import problems
+from draftopd.bundled.problems import problems
 from draftopd.decoding import step
 from draftopd.decoding.generate import Decoded, Decoder
-from draftopd.decoding.sampling import Sampling, draw
-from draftopd.decoding.verify import Verdict, Verification, accepted_prefix
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Chooser, Draft, Drafter, TargetShape
 from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, PromptError
-from draftopd.targets.hub import resolve
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.io.hub import resolve
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
 
-MakeDrafter = Callable[..., Drafter]
 NEW_TOKENS = 24
 
 
@@ -158,14 +159,14 @@ def prompts() -> list[list[int]]:
 @pytest.fixture(scope="module")
 def continued(target_dirs: dict[str, Path], prompts: list[list[int]]) -> list[list[int]]:
     """Each prompt's greedy continuation, beyond the response limit."""
-    target = Target.load(str(target_dirs["qwen3"]), dtype="float32")
+    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
     return [greedy_reference(target, prompt, NEW_TOKENS + 8, frozenset()) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
 def text(target_dirs: dict[str, Path]) -> tuple[list[int], list[int]]:
     """A prompt and its greedy continuation, whose first six tokens differ."""
-    target = Target.load(str(target_dirs["qwen3"]), dtype="float32")
+    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
     for prompt in random_prompts(200, seed=3):
         if len(set(greedy_reference(target, prompt, 6, frozenset()))) == 6:
             return prompt, greedy_reference(target, prompt, 20, frozenset())
@@ -227,7 +228,7 @@ class TestGreedy:
     def test_other_kinds_of_target(
         self, kind: str, target_dirs: dict[str, Path], make_any: MakeDrafter, prompts: list[list[int]]
     ) -> None:
-        target = Target.load(str(target_dirs[kind]), dtype="float32")
+        target = load_target(str(target_dirs[kind]), dtype="float32")
         expected = [greedy_reference(target, prompt, NEW_TOKENS, frozenset()) for prompt in prompts]
         for drafter in (None, *(make_any(drafts, target) for drafts in DRAFTERS)):
             results = decode_all(Decoder(target, drafter, max_new_tokens=NEW_TOKENS), prompts, batch_size=5)
@@ -340,16 +341,6 @@ class TestEnds:
         result = Decoder(target, None, max_new_tokens=9).decode_batch([text[0]])[0]
         assert result.acceptance_length == 1
         assert result.anchors == list(range(len(text[0]), len(text[0]) + 8))
-
-
-def correction_from_target(
-    proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None
-) -> Verdict:
-    """Wrong: takes the token after a rejection from the target's law, not from what acceptance left of it."""
-    chosen = proposals[..., None]
-    ratio = p[..., :-1, :].gather(-1, chosen) / q.gather(-1, chosen)
-    accepted = accepted_prefix(torch.rand(proposals.shape, generator=generator) < ratio[..., 0])
-    return Verdict(accepted, draw(p[torch.arange(len(accepted)), accepted], generator))
 
 
 class TestSampled:
@@ -518,7 +509,7 @@ def bundled_target() -> Target:
     for name in ("tiny_target", "tiny_dflash"):
         if not (Path(resolve(f"bundled:{name}")) / "model.safetensors").exists():
             pytest.skip(f"bundled:{name} is not built")
-    return Target.load("bundled:tiny_target", dtype="float32")
+    return load_target("bundled:tiny_target", dtype="float32")
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.drafters.test_dflash import close, rms_norm, rotate
+from tests.support.reference import close, rms_norm, rotate
 from torch import Tensor
 
 from draftopd.drafters import attention

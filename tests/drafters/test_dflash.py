@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
+from tests.support.models import MakeDrafter
+from tests.support.reference import close, rms_norm, rotate
 from torch import Tensor
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from transformers import PreTrainedTokenizerFast, Starcoder2Config, Starcoder2ForCausalLM
@@ -14,31 +15,13 @@ from transformers import PreTrainedTokenizerFast, Starcoder2Config, Starcoder2Fo
 from draftopd.drafters import attention
 from draftopd.drafters.base import Draft
 from draftopd.drafters.dflash import DFlashDrafter, default_target_layers, unused_token
-from draftopd.drafters.fresh import final_norm_weight
+from draftopd.drafters.initial import final_norm_weight
 from draftopd.errors import DrafterError
+from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
-MakeDrafter = Callable[..., DFlashDrafter]
 BATCH, LENGTH = 2, 19
 ANCHORS = torch.tensor([[1, 2, 18, 7, 7, 12], [5, 19, 11, 1, 3, 10]])
-
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal up to rounding, measured against the largest entry."""
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
-
-
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    return x / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt() * weight
-
-
-def rotate(x: Tensor, positions: Tensor, theta: float) -> Tensor:
-    """``x [n, head_dim]`` turned by its positions: coordinate ``i`` pairs with ``i + head_dim / 2``."""
-    half = x.shape[-1] // 2
-    angles = positions[:, None].double() / theta ** (torch.arange(half).double() / half)
-    first, second = x[:, :half], x[:, half:]
-    return torch.cat([first * angles.cos() - second * angles.sin(), second * angles.cos() + first * angles.sin()], -1)
 
 
 def reference(drafter: DFlashDrafter, target: Target, features: Tensor, anchor: int, token: int) -> Tensor:
@@ -260,7 +243,7 @@ def test_a_final_layer_norm_gives_its_scales() -> None:
 
 def test_for_target_fits_each_kind_of_target(target_dirs: dict[str, Path], make_drafter: MakeDrafter) -> None:
     for kind in ("qwen3", "qwen3_moe", "llama"):
-        target = Target.load(str(target_dirs[kind]), dtype="float32")
+        target = load_target(str(target_dirs[kind]), dtype="float32")
         setting = Setting(target, make_drafter(target))
         assert setting.replay().tokens.shape == (*ANCHORS.shape, 3)
 

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import errno
 import json
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.faults import flip
+from tests.support.faults import flip
+from tests.support.models import MakeDrafter
 
 from draftopd.drafters import checkpoint
 from draftopd.drafters.checkpoint import read_checkpoint
@@ -18,8 +18,6 @@ from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.dflash_format import parse_config
 from draftopd.errors import DrafterError, FileError
 from draftopd.targets.target import Target
-
-MakeDrafter = Callable[..., DFlashDrafter]
 
 #: The public checkpoint for Qwen3-8B.
 QWEN3_8B = {

@@ -2,35 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 
 import pytest
+from tests.support.evaluation import EvaluateAll, Pair, gather
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.evaluation.benchmark import Example, ReasoningBenchmark
 from draftopd.evaluation.results import Evaluation, PromptResult
-from draftopd.evaluation.runner import ExampleResults, evaluate
+from draftopd.evaluation.runner import evaluate
 from draftopd.evaluation.settings import Settings
-from draftopd.targets.target import Target, load_tokenizer
-
-Pair = tuple[Target, DFlashDrafter, list[list[int]], frozenset[int]]
-EvaluateAll = Callable[..., dict[str, Evaluation]]
-
-
-def gather(
-    batches: Iterable[Sequence[ExampleResults]], drafters: dict[str, Drafter], settings: Settings, tolerance: float
-) -> dict[str, Evaluation]:
-    """By drafter, what :func:`evaluate` gave batch by batch."""
-    done = [example for batch in batches for example in batch]
-    return {
-        name: Evaluation(
-            "reasoning", drafter.block_size, settings, [turn for example in done for turn in example[name]], name,
-            tolerance,
-        )
-        for name, drafter in drafters.items()
-    }  # fmt: skip
+from draftopd.targets.load import load_tokenizer
 
 
 @pytest.fixture(scope="session")

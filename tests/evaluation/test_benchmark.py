@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from draftopd.data.reasoning import problem
+from draftopd.bundled.problems import problem
 from draftopd.evaluation.benchmark import JsonlBenchmark, ReasoningBenchmark
 
 

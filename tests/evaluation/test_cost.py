@@ -7,11 +7,12 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.conftest import DRAFTERS
+from tests.support.models import DRAFTERS
 
 from draftopd.drafters.base import Drafter
 from draftopd.evaluation import cost
 from draftopd.evaluation.cost import Costs, Prediction, best, block_sizes, measure, predict, predict_bandwidth, tau_of
+from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
 MakeAny = Callable[..., Drafter]
@@ -51,7 +52,7 @@ def weights_of(target: Target) -> int:
 @pytest.mark.parametrize("drafter_kind", DRAFTERS)
 def test_bandwidth(kind: str, drafter_kind: str, target_dirs: dict, make_any: MakeAny) -> None:
     """A block-parallel drafter is read once a block, an autoregressive one once a proposal."""
-    target = Target.load(str(target_dirs[kind]), dtype="float32")
+    target = load_target(str(target_dirs[kind]), dtype="float32")
     drafter = make_any(drafter_kind, target, block_size=6)
     found = predict_bandwidth(target, drafter, [0, 2, 5])
     assert [p.block_size for p in found] == [2, 3, 4, 6]

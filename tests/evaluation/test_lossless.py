@@ -7,7 +7,7 @@ from collections.abc import Callable
 import numpy as np
 import pytest
 import torch
-from tests.decoding.test_generate import correction_from_target
+from tests.support.laws import correction_from_target
 from torch import Tensor
 
 from draftopd.decoding import step

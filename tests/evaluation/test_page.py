@@ -10,11 +10,11 @@ from pathlib import Path
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugin_util import markdown_to_safe_html
-from tests.evaluation.conftest import Pair
+from tests.support.evaluation import Pair
 from transformers import PreTrainedTokenizerBase
 
+from draftopd.decoding.draft_text import DraftedBlock, as_html, as_markdown, blocks_of, viewer
 from draftopd.decoding.generate import Decoded, Decoder
-from draftopd.draft_text import DraftedBlock, as_html, as_markdown, blocks_of, viewer
 from draftopd.drafters.base import Drafter
 from draftopd.evaluation.cost import Prediction
 from draftopd.evaluation.lossless import Mismatch

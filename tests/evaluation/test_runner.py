@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from tests.evaluation.conftest import EvaluateAll, Pair
+from tests.support.evaluation import EvaluateAll, Pair
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 

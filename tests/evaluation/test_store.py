@@ -8,9 +8,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from tests.faults import every_fault
+from tests.support.faults import every_fault
 
-from draftopd.draft_text import DraftedBlock
+from draftopd.decoding.draft_text import DraftedBlock
 from draftopd.errors import ConfigError, FileError
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import PromptResult

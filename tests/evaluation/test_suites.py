@@ -11,7 +11,7 @@ import pytest
 from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from omegaconf import OmegaConf
-from tests.cli.conftest import ROOT
+from tests.support.paths import ROOT
 
 from draftopd.cli.check import _locate, _parameters, check
 from draftopd.errors import PromptError

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from draftopd.connection import Address
+from draftopd.bundled.tokenizer import build_tokenizer
+from draftopd.cli.interop import read_any
 from draftopd.data.prompts import JsonlPrompts, PromptEncoder
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
@@ -24,21 +25,21 @@ from draftopd.drafters.load import load_for
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.evaluation.served import _Server
 from draftopd.evaluation.suites import Suite
-from draftopd.files import seal
-from draftopd.interop.__main__ import read_any
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
-from draftopd.json_text import parse_json
-from draftopd.nonfinite import keep_batch, read_batch
-from draftopd.packing import Layout
-from draftopd.replay import ReplayBatch
+from draftopd.io.connection import Address
+from draftopd.io.files import seal
+from draftopd.io.json_text import parse_json
+from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.packing import Layout
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.recorded import JsonlTrajectories
+from draftopd.rollout.request import Request
 from draftopd.rollout.server_answers import AnswerError, from_generate, from_text, from_token_ids
-from draftopd.rollout.trajectories import Request
-from draftopd.targets.target import Target, load_tokenizer
-from draftopd.targets.tiny_tokenizer import build_tokenizer
-from tests.conftest import randomize, small_model
+from draftopd.targets.load import load_target, load_tokenizer
+from draftopd.targets.target import Target
+from draftopd.training.nonfinite import keep_batch, read_batch
+from tests.support.models import randomize, small_model
 
 ANSWERS = Path(__file__).parents[1] / "rollout" / "answers"
 
@@ -81,8 +82,8 @@ def _targets(root: Path) -> dict[str, Subject]:
 
         return Subject([whole], read)
 
-    loads = {"config.json": Target.load, "model.safetensors": Target.load, "tokenizer_config.json": load_tokenizer}
-    loads |= {"tokenizer.json": load_tokenizer, "generation_config.json": Target.load}
+    loads = {"config.json": load_target, "model.safetensors": load_target, "tokenizer_config.json": load_tokenizer}
+    loads |= {"tokenizer.json": load_tokenizer, "generation_config.json": load_target}
     return {f"target's {file}": reader(file, load) for file, load in loads.items()}
 
 

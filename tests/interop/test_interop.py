@@ -11,20 +11,20 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.cli.conftest import ROOT, SMALL, Script
-from tests.conftest import DRAFTERS
+from tests.support.models import DRAFTERS, MakeDrafter
+from tests.support.paths import ROOT
+from tests.support.runs import SMALL, Script
 
+from draftopd.cli.interop import main, read_training_checkpoint
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, TargetError
-from draftopd.interop.__main__ import main, read_training_checkpoint
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
+from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
-
-MakeDrafter = Callable[..., Drafter]
 
 
 @pytest.fixture
@@ -95,14 +95,14 @@ def test_what_a_speculator_holds_of_its_target(
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama", "gemma3"])
 def test_embedding_and_head_are_the_targets(kind: str, target_dirs: dict[str, Path]) -> None:
-    files, target = TargetFiles(str(target_dirs[kind])), Target.load(str(target_dirs[kind]), dtype="float32")
+    files, target = TargetFiles(str(target_dirs[kind])), load_target(str(target_dirs[kind]), dtype="float32")
     assert torch.equal(files.lm_head().float(), target.head.weight)
     assert torch.equal(files.embedding().float(), target.model.get_input_embeddings().weight)
     assert (files.num_layers, files.hidden_size, files.vocab_size) == (4, 32, 64)
 
 
 def test_a_target_in_several_files(target_dirs: dict[str, Path], tmp_path: Path) -> None:
-    model = Target.load(str(target_dirs["llama"]), dtype="float32").model
+    model = load_target(str(target_dirs["llama"]), dtype="float32").model
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert (tmp_path / "model.safetensors.index.json").exists()
     assert torch.equal(TargetFiles(str(tmp_path)).lm_head(), model.lm_head.weight)
@@ -289,7 +289,7 @@ def test_a_running_trainings_checkpoint(
 def test_a_target_that_scales_its_embeddings_is_refused(
     target_dirs: dict[str, Path], make_any: MakeDrafter, tmp_path: Path
 ) -> None:
-    target = Target.load(str(target_dirs["gemma3"]), dtype="float32")
+    target = load_target(str(target_dirs["gemma3"]), dtype="float32")
     files = TargetFiles(str(target_dirs["gemma3"]))
     with pytest.raises(DrafterError, match="scales its embeddings.*public format"):
         write_speculators(make_any("dflash", target), tmp_path / "out", files, "x")

@@ -9,23 +9,23 @@ from typing import Any
 
 import pytest
 import torch
-from tests.decoding.test_verify import SAMPLES, Laws
-from tests.losses.test_losses import HIDDEN, VOCAB, K, N, WideHead, assert_same, identity_head, make_blocks
+from tests.support.blocks import HIDDEN, VOCAB, K, N, WideHead, assert_same, identity_head, make_blocks
+from tests.support.laws import SAMPLES, Laws
 from torch import Tensor, nn
 
 from draftopd.decoding.sampling import draw
 from draftopd.decoding.verify import verify_rejection
-from draftopd.losses import chunked
 from draftopd.losses.acceptance import LK, E2ETotalVariation, TotalVariation
 from draftopd.losses.asymmetric_kl import AsymmetricKL
-from draftopd.losses.base import Loss, StreamLoss, Teacher
+from draftopd.losses.base import Loss, StreamLoss, TargetView
 from draftopd.losses.blend import Blend
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.cross_entropy import CrossEntropy, DPace, Reach
 from draftopd.losses.divergence import jensen_shannon, k3, keep_top_k, log_overlap, overlap, two_outcome_kl
 from draftopd.losses.kl import JSD, ForwardKL, ReverseKL
 from draftopd.losses.sampled_kl import SampledKL
 from draftopd.losses.weighting import expected_length_share, marginal_gain
+from draftopd.replay.blocks import Blocks
+from draftopd.targets import head
 from draftopd.targets.head import Vocabulary
 
 Law = Tensor
@@ -97,12 +97,12 @@ OPTIONS: list[dict[str, Any]] = [
     {"include_correction": True, "rejected_weight": 0.0},
     {"include_correction": True, "accepted_weight": 0.4, "rejected_weight": 1.7},
     {"accept_until_fail": True, "accepted_weight": 2.0, "include_correction": True},
-    {"teacher_temperature": 0.6},
-    {"teacher_top_k": 4},
+    {"target_temperature": 0.6},
+    {"target_top_k": 4},
 ]
 
 
-def slow_teacher(logits: Tensor, temperature: float, top_k: int | None) -> Law:
+def slow_target(logits: Tensor, temperature: float, top_k: int | None) -> Law:
     p = (logits / temperature).softmax(-1)
     if top_k is None:
         return p
@@ -115,11 +115,11 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
     """The loss written out."""
     hard = name in HARD
     _, accepted_value, rejected_value = CASES[name]
-    student = blocks.head.logits(blocks.student).softmax(-1)
-    teacher = blocks.teacher_logits(blocks.teacher)
+    drafted = blocks.head.logits(blocks.draft_states).softmax(-1)
+    targets = blocks.target_logits(blocks.target_states)
     vocabulary = blocks.head.vocabulary
     row_of = {v: r for r, v in enumerate(vocabulary.ids.tolist() if vocabulary else range(VOCAB))}
-    temperature, top_k = options.get("teacher_temperature", 1.0), options.get("teacher_top_k")
+    temperature, top_k = options.get("target_temperature", 1.0), options.get("target_top_k")
     gamma = options.get("gamma", 0.8 if name in ("asymmetric_kl", "sampled_kl") else 1.0)
     streams: list[list[tuple[Tensor, float, tuple[int, int]]]] = [[], []]
     for i in range(N):
@@ -128,7 +128,7 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             known = bool(blocks.recorded[i, k - 1]) and int(blocks.labels[i, k - 1]) in row_of
             if not (known if hard else blocks.valid[i, k - 1]):
                 continue
-            p, q = slow_teacher(teacher[i, k - 1], temperature, top_k), student[i, k - 1]
+            p, q = slow_target(targets[i, k - 1], temperature, top_k), drafted[i, k - 1]
             p = p[list(row_of)]
             if name not in ACCEPTANCE:
                 p = p / p.sum()
@@ -154,7 +154,7 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
             for j in range(1, K + 1):
                 if (i, j) not in counted:
                     continue
-                reach *= 0.5 * float(student[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) + 0.5
+                reach *= 0.5 * float(drafted[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) + 0.5
                 value += reach if j >= k else 0.0
             return value
 
@@ -164,7 +164,7 @@ def slow(name: str, loss: StreamLoss, blocks: Blocks, options: dict[str, Any], n
 
         def before(i: int, k: int) -> float:
             earlier = [j for j in range(1, k) if (i, j) in counted]
-            return math.prod(float(student[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) for j in earlier)
+            return math.prod(float(drafted[i, j - 1, row_of[int(blocks.labels[i, j - 1])]].detach()) for j in earlier)
 
         streams = [[(v, w * before(*place), place) for v, w, place in stream] for stream in streams]
     if normalization == "token":
@@ -183,8 +183,8 @@ COMBINATIONS = [
     (name, options)
     for name in CASES
     for options in OPTIONS
-    # Hard labels have no teacher.
-    if name not in HARD or not any(o.startswith("teacher") for o in options)
+    # Losses with hard labels do not ask the target.
+    if name not in HARD or not any(o.startswith("target") for o in options)
 ]
 
 
@@ -204,19 +204,19 @@ def reduced_blocks() -> Blocks:
     generator = torch.Generator().manual_seed(9)
     module = nn.Linear(HIDDEN, len(ids), bias=False, dtype=torch.float64)
     module.weight.data.normal_(generator=generator)
-    head = WideHead(module)
-    head.vocabulary = Vocabulary(inside)
-    return replace(blocks, head=head, teacher_head=blocks.head, proposals=ids[blocks.proposals % len(ids)])
+    wide = WideHead(module)
+    wide.vocabulary = Vocabulary(inside)
+    return replace(blocks, head=wide, target_head=blocks.head, proposals=ids[blocks.proposals % len(ids)])
 
 
 @pytest.mark.parametrize("chunk", [1, 2**24])
 @pytest.mark.parametrize("name", CASES)
 def test_a_reduced_vocabulary_and_a_head_that_learns(name: str, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk)
     blocks = reduced_blocks()
     loss = CASES[name][0]()
     expected = slow(name, loss, blocks, {}, loss.normalization)
-    both = (blocks.student, blocks.head.weight)
+    both = (blocks.draft_states, blocks.head.weight)
     wanted = torch.autograd.grad(expected, both)
     value = loss(blocks).loss
     found = torch.autograd.grad(value, both)
@@ -228,14 +228,17 @@ def test_a_reduced_vocabulary_and_a_head_that_learns(name: str, chunk: int, monk
 def test_the_expected_length_counts_the_mass_outside_the_vocabulary_as_rejected() -> None:
     blocks = reduced_blocks()
     ids = blocks.head.vocabulary.ids
-    p, q = blocks.teacher_logits(blocks.teacher).softmax(-1)[..., ids], blocks.head.logits(blocks.student).softmax(-1)
+    p, q = (
+        blocks.target_logits(blocks.target_states).softmax(-1)[..., ids],
+        blocks.head.logits(blocks.draft_states).softmax(-1),
+    )
     shared = torch.minimum(p, q).sum(-1) * blocks.valid
     expected = -shared.cumprod(-1).sum(-1).mean()
     torch.testing.assert_close(E2ETotalVariation()(blocks).loss.double(), expected, rtol=1e-5, atol=1e-6)
 
 
 def slow_hybrid(blocks: Blocks, scale: float, decay: float) -> Tensor:
-    p, q = blocks.head.logits(blocks.teacher).softmax(-1), blocks.head.logits(blocks.student).softmax(-1)
+    p, q = blocks.head.logits(blocks.target_states).softmax(-1), blocks.head.logits(blocks.draft_states).softmax(-1)
     terms = []
     for k in range(K):
         rows = [i for i in range(N) if blocks.valid[i, k]]
@@ -251,11 +254,11 @@ def test_lk_hybrid(scale: float, decay: float) -> None:
     assert_same(LK("hybrid", scale, decay), blocks, slow_hybrid(blocks, scale, decay))
 
 
-@pytest.mark.parametrize("options", [{}, {"gamma": 0.7}, {"accept_until_fail": True}, {"teacher_temperature": 0.5}])
+@pytest.mark.parametrize("options", [{}, {"gamma": 0.7}, {"accept_until_fail": True}, {"target_temperature": 0.5}])
 def test_e2e_tv(options: dict[str, Any]) -> None:
     blocks = make_blocks()
-    p = (blocks.head.logits(blocks.teacher) / options.get("teacher_temperature", 1.0)).softmax(-1)
-    q = blocks.head.logits(blocks.student).softmax(-1)
+    p = (blocks.head.logits(blocks.target_states) / options.get("target_temperature", 1.0)).softmax(-1)
+    q = blocks.head.logits(blocks.draft_states).softmax(-1)
     lengths = []
     for i in range(N):
         reach = torch.ones((), dtype=p.dtype)
@@ -275,7 +278,7 @@ def test_e2e_tv_is_the_expected_accepted_length_of_real_rejection_sampling() -> 
     accepted = verify_rejection(proposals, q, p, laws.generator).accepted.double()
 
     one = Blocks(
-        student=q[:1].log().clamp_min(-1e4), teacher=p[:1, :3].log().clamp_min(-1e4),
+        draft_states=q[:1].log().clamp_min(-1e4), target_states=p[:1, :3].log().clamp_min(-1e4),
         head=identity_head(laws.p[0].shape[-1]), proposals=proposals[:1],
         labels=proposals[:1], accepted=torch.tensor([3]),
         valid=torch.ones(1, 3, dtype=torch.bool), recorded=torch.ones(1, 3, dtype=torch.bool),
@@ -285,7 +288,8 @@ def test_e2e_tv_is_the_expected_accepted_length_of_real_rejection_sampling() -> 
     assert abs(float(accepted.mean()) - expected) < 4 * error < 0.02 * expected
     # Slots alone do not give it: the sum of the rates is another number.
     assert (
-        abs(float(accepted.mean()) - float(overlap(one.student[0], one.teacher[0].log_softmax(-1)).sum())) > 20 * error
+        abs(float(accepted.mean()) - float(overlap(one.draft_states[0], one.target_states[0].log_softmax(-1)).sum()))
+        > 20 * error
     )
 
 
@@ -297,12 +301,12 @@ def test_top_k_keeps_the_mass_and_reports_what_it_spread() -> None:
         exact = logits.softmax(-1).sort(descending=True).values
         torch.testing.assert_close(outside, exact[:, k:].sum(-1))
     blocks = make_blocks()
-    parts = ForwardKL(teacher_top_k=4)(blocks).parts
-    outside = keep_top_k(blocks.head.logits(blocks.teacher[blocks.valid]), 4)[1]
-    torch.testing.assert_close(parts["teacher_mass_outside_top_k"].double(), outside.mean().double(), rtol=1e-5, atol=0)
-    errors = [abs(ForwardKL(teacher_top_k=k)(blocks).loss - ForwardKL()(blocks).loss) for k in (2, 8, 16)]
+    parts = ForwardKL(target_top_k=4)(blocks).parts
+    outside = keep_top_k(blocks.head.logits(blocks.target_states[blocks.valid]), 4)[1]
+    torch.testing.assert_close(parts["target_mass_outside_top_k"].double(), outside.mean().double(), rtol=1e-5, atol=0)
+    errors = [abs(ForwardKL(target_top_k=k)(blocks).loss - ForwardKL()(blocks).loss) for k in (2, 8, 16)]
     assert errors[0] > errors[1] > errors[2] and errors[2] < 0.05
-    assert "teacher_mass_outside_top_k" not in ForwardKL()(blocks).parts
+    assert "target_mass_outside_top_k" not in ForwardKL()(blocks).parts
 
 
 def test_estimates_have_the_divergences_as_their_mean() -> None:
@@ -341,13 +345,13 @@ def test_log_overlap_is_the_logarithm_of_the_overlap(dtype: torch.dtype) -> None
         lambda: SampledKL(floor=1.0),
         lambda: SampledKL(most=0.0),
         lambda: DPace(smoothing=1.5),
-        lambda: Teacher(top_k=0),
-        lambda: Teacher(temperature=1e-40),
-        lambda: Teacher(temperature=math.inf),
+        lambda: TargetView(top_k=0),
+        lambda: TargetView(temperature=1e-40),
+        lambda: TargetView(temperature=math.inf),
         lambda: TotalVariation(normalization="slot"),  # type: ignore[arg-type]
         lambda: CrossEntropy(accepted_weight=0.0, rejected_weight=0.0),
-        lambda: ForwardKL(teacher_on="nothing"),  # type: ignore[arg-type]
-        lambda: E2ETotalVariation(teacher_on="nothing"),  # type: ignore[arg-type]
+        lambda: ForwardKL(scored_on="nothing"),  # type: ignore[arg-type]
+        lambda: E2ETotalVariation(scored_on="nothing"),  # type: ignore[arg-type]
         lambda: Blend(ForwardKL(), ReverseKL(), end=1.5),
     ],
 )
@@ -374,23 +378,23 @@ def test_weights_by_confidence_are_gradients_of_the_expected_length() -> None:
 
 def test_a_blend_goes_from_the_one_loss_to_the_other() -> None:
     blocks, first = make_blocks(), Blend(ForwardKL(), CrossEntropy())
-    loss = Blend(first, ReverseKL(teacher_top_k=4), begin=0.2, end=0.8)
-    values = [part(blocks).loss.item() for part in (ForwardKL(), CrossEntropy(), ReverseKL(teacher_top_k=4))]
+    loss = Blend(first, ReverseKL(target_top_k=4), begin=0.2, end=0.8)
+    values = [part(blocks).loss.item() for part in (ForwardKL(), CrossEntropy(), ReverseKL(target_top_k=4))]
     for progress in (0.0, 0.25, 0.9):
         loss.progress = progress
         out, share = loss(blocks), 0.2 + 0.6 * progress
         inner = (1 - progress) * values[0] + progress * values[1]
         assert out.loss.item() == pytest.approx((1 - share) * inner + share * values[2])
         assert [out.parts[name].item() for name in ("share", "first_share")] == pytest.approx([share, progress])
-        assert "second_teacher_mass_outside_top_k" in out.parts
+        assert "second_target_mass_outside_top_k" in out.parts
 
 
 def test_a_blend_asks_the_target_for_all_that_its_losses_need() -> None:
     until_fail, proposals = ForwardKL(accept_until_fail=True), ForwardKL()
-    recorded, none = ForwardKL(teacher_on="recorded"), CrossEntropy()
-    assert Blend(until_fail, none).teacher == "until_fail"
-    assert Blend(until_fail, proposals).teacher == "proposals"
-    assert Blend(none, recorded).teacher == "recorded" and Blend(none, none).teacher == "none"
+    recorded, none = ForwardKL(scored_on="recorded"), CrossEntropy()
+    assert Blend(until_fail, none).target_states == "until_fail"
+    assert Blend(until_fail, proposals).target_states == "proposals"
+    assert Blend(none, recorded).target_states == "recorded" and Blend(none, none).target_states == "none"
     assert Blend(none, ForwardKL()).uses_proposals and not Blend(none, none).uses_proposals
     with pytest.raises(ValueError, match="same text"):
         Blend(recorded, proposals)

@@ -6,71 +6,18 @@ import math
 
 import pytest
 import torch
+from tests.support.blocks import HIDDEN, VOCAB, K, N, assert_same, laws, make_blocks
 from torch import Tensor, nn
 
-from draftopd.losses import chunked, liger
+from draftopd.losses import liger
 from draftopd.losses.asymmetric_kl import AsymmetricKL
-from draftopd.losses.base import Loss
-from draftopd.losses.blocks import Blocks
-from draftopd.losses.chunked import best_tokens, per_slot
+from draftopd.losses.chunked import per_slot
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.losses.kl import ForwardKL, ReverseKL
-from draftopd.targets.head import LMHead
-
-N, K, HIDDEN, VOCAB = 6, 5, 8, 23
-
-
-class WideHead(LMHead):
-    """A head that keeps count of the rows it is asked for, and computes in the states' precision."""
-
-    def __init__(self, module: nn.Module, softcap: float | None = None) -> None:
-        super().__init__(module, softcap)
-        self.rows: list[int] = []
-
-    def logits(self, hidden: Tensor) -> Tensor:
-        self.rows.append(hidden.shape[0])
-        logits = hidden @ self.weight.to(hidden.dtype).T
-        return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
-
-
-def make_blocks(accepted: list[int] | None = None, softcap: float | None = None, double: bool = True) -> Blocks:
-    generator = torch.Generator().manual_seed(3)
-    dtype = torch.float64 if double else torch.float32
-
-    def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, generator=generator, dtype=dtype)
-
-    module = nn.Linear(HIDDEN, VOCAB, bias=False, dtype=dtype).requires_grad_(False)
-    module.weight.copy_(normal(VOCAB, HIDDEN))
-    valid = torch.ones(N, K, dtype=torch.bool)
-    valid[2, 3:] = False
-    recorded = torch.ones(N, K, dtype=torch.bool)
-    recorded[4, 2:] = False
-    return Blocks(
-        student=normal(N, K, HIDDEN).requires_grad_(),
-        teacher=normal(N, K, HIDDEN),
-        head=WideHead(module, softcap),
-        proposals=torch.randint(0, VOCAB, (N, K), generator=generator),
-        labels=torch.randint(0, VOCAB, (N, K), generator=generator),
-        accepted=torch.tensor(accepted if accepted is not None else [0, 1, 3, 5, 2, 4]),
-        valid=valid,
-        recorded=recorded,
-    )
-
-
-def identity_head(size: int) -> LMHead:
-    """A frozen head whose states are the logits themselves."""
-    module = nn.Linear(size, size, bias=False).requires_grad_(False)
-    module.weight.copy_(torch.eye(size))
-    return LMHead(module)
-
-
-def laws(blocks: Blocks, temperature: float = 1.0) -> tuple[Tensor, Tensor]:
-    """p (at this temperature) and q of every slot, with plain softmax."""
-    assert blocks.teacher is not None
-    p = (blocks.head.logits(blocks.teacher) / temperature).softmax(-1)
-    return p, blocks.head.logits(blocks.student).softmax(-1)
+from draftopd.replay.blocks import Blocks
+from draftopd.targets import head
+from draftopd.targets.head import LMHead, best_tokens
 
 
 def slow_kl(p: Tensor, q: Tensor) -> Tensor:
@@ -78,7 +25,7 @@ def slow_kl(p: Tensor, q: Tensor) -> Tensor:
 
 
 def slow_asymmetric(blocks: Blocks, loss: AsymmetricKL) -> Tensor:
-    p, q = laws(blocks, loss.target.temperature)
+    p, q = laws(blocks, loss.view.temperature)
     streams: list[list[tuple[Tensor, float]]] = [[], []]
     for i in range(N):
         n = int(blocks.accepted[i])
@@ -128,16 +75,6 @@ def slow_cross_entropy(blocks: Blocks, gamma: float, until_fail: bool) -> Tensor
     return total / weights
 
 
-def assert_same(loss: Loss, blocks: Blocks, reference: Tensor) -> None:
-    value = loss(blocks).loss
-    (gradient,) = torch.autograd.grad(value, blocks.student)
-    (expected,) = torch.autograd.grad(reference, blocks.student)
-    # Slot values are kept in float32.
-    torch.testing.assert_close(value.double(), reference.double(), rtol=2e-6, atol=1e-6)
-    torch.testing.assert_close(gradient, expected, rtol=2e-6, atol=1e-8)
-    assert expected.abs().max() > 1e-3
-
-
 @pytest.mark.parametrize("normalization", ["stream", "token"])
 @pytest.mark.parametrize(
     "options",
@@ -146,7 +83,7 @@ def assert_same(loss: Loss, blocks: Blocks, reference: Tensor) -> None:
         {"gamma": 0.5, "accepted_gamma": 0.7, "accepted_weight": 2.0, "rejected_weight": 0.3},
         {"include_correction": True},
         {"accept_until_fail": True},
-        {"teacher_temperature": 0.5},
+        {"target_temperature": 0.5},
         {"include_correction": True, "accept_until_fail": True, "rejected_weight": 0.0},
         {"accepted_weight": 0.0},
     ],
@@ -181,7 +118,7 @@ def test_one_divergence_on_every_slot(reverse: bool, until_fail: bool, gamma: fl
 
 def test_a_sharpened_teacher() -> None:
     blocks = make_blocks()
-    assert_same(ReverseKL(teacher_temperature=0.6), blocks, slow_every_slot(blocks, True, 1.0, False, 0.6))
+    assert_same(ReverseKL(target_temperature=0.6), blocks, slow_every_slot(blocks, True, 1.0, False, 0.6))
 
 
 @pytest.mark.parametrize("gamma", [None, 2.0])
@@ -208,11 +145,11 @@ def test_softcapped_head() -> None:
 def test_chunks_make_no_difference_and_bound_the_logits(chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     blocks = make_blocks()
     whole = AsymmetricKL()(blocks).loss
-    (expected,) = torch.autograd.grad(whole, blocks.student)
-    monkeypatch.setattr(chunked, "CHUNK_ELEMENTS", chunk * VOCAB)
+    (expected,) = torch.autograd.grad(whole, blocks.draft_states)
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * VOCAB)
     blocks.head.rows.clear()
     loss = AsymmetricKL()(blocks).loss
-    (gradient,) = torch.autograd.grad(loss, blocks.student)
+    (gradient,) = torch.autograd.grad(loss, blocks.draft_states)
     torch.testing.assert_close(loss, whole)
     torch.testing.assert_close(gradient, expected)
     assert max(blocks.head.rows) <= chunk
@@ -226,12 +163,12 @@ def test_slots_of_no_weight_are_not_computed() -> None:
 
 def test_gradcheck() -> None:
     blocks = make_blocks()
-    states = blocks.student.detach().flatten(0, 1)[:4].requires_grad_()
-    teacher = blocks.teacher.flatten(0, 1)[:4]
+    states = blocks.draft_states.detach().flatten(0, 1)[:4].requires_grad_()
+    targets = blocks.target_states.flatten(0, 1)[:4]
 
-    def values(student: Tensor) -> Tensor:
+    def values(drafted: Tensor) -> Tensor:
         return per_slot(
-            lambda s, t: reverse_kl(s, blocks.head.logits(t).log_softmax(-1)), student, blocks.head, teacher, chunk=3
+            lambda s, t: reverse_kl(s, blocks.head.logits(t).log_softmax(-1)), drafted, blocks.head, targets, chunk=3
         )
 
     jacobian = torch.autograd.functional.jacobian(values, states)
@@ -240,8 +177,8 @@ def test_gradcheck() -> None:
         moved = states.detach().clone()
         moved[i, j] += step
         # Values are float32; differences are taken of the float64 function itself.
-        before = reverse_kl(blocks.head.logits(states.detach()), blocks.head.logits(teacher).log_softmax(-1))
-        after = reverse_kl(blocks.head.logits(moved), blocks.head.logits(teacher).log_softmax(-1))
+        before = reverse_kl(blocks.head.logits(states.detach()), blocks.head.logits(targets).log_softmax(-1))
+        after = reverse_kl(blocks.head.logits(moved), blocks.head.logits(targets).log_softmax(-1))
         torch.testing.assert_close(jacobian[:, i, j].double(), (after - before) / step, rtol=1e-3, atol=1e-5)
 
 
@@ -255,12 +192,12 @@ def test_no_gradient_when_none_is_wanted() -> None:
 @pytest.mark.parametrize("scale", [1e4, 1e-4])
 @pytest.mark.parametrize("divergence", [forward_kl, reverse_kl])
 def test_extreme_logits_stay_finite(divergence, scale: float) -> None:
-    student = (torch.randn(8, 16) * scale).requires_grad_()
-    teacher = (torch.randn(8, 16) * scale).log_softmax(-1)
-    value = divergence(student, teacher)
+    drafted = (torch.randn(8, 16) * scale).requires_grad_()
+    targets = (torch.randn(8, 16) * scale).log_softmax(-1)
+    value = divergence(drafted, targets)
     value.sum().backward()
     assert value.isfinite().all() and (value > -1e-3).all()
-    assert student.grad is not None and student.grad.isfinite().all()
+    assert drafted.grad is not None and drafted.grad.isfinite().all()
 
 
 def test_bf16_head_stays_near_float32() -> None:
@@ -269,7 +206,7 @@ def test_bf16_head_stays_near_float32() -> None:
     module = nn.Linear(HIDDEN, VOCAB, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     module.weight.copy_(blocks.head.weight)
     rounded = Blocks(**{**blocks.__dict__, "head": LMHead(module)})
-    assert rounded.head.logits(blocks.student).dtype == torch.float32
+    assert rounded.head.logits(blocks.draft_states).dtype == torch.float32
     torch.testing.assert_close(ForwardKL()(rounded).loss, exact, rtol=0.03, atol=0.03)
 
 
@@ -283,8 +220,8 @@ def test_bf16_head_stays_near_float32() -> None:
         lambda: AsymmetricKL(accepted_weight=0.0, rejected_weight=0.0),
         lambda: AsymmetricKL(normalization="both"),
         lambda: ForwardKL(gamma=2.0),
-        lambda: ForwardKL(teacher_temperature=0.0),
-        lambda: AsymmetricKL(teacher_temperature=-1.0),
+        lambda: ForwardKL(target_temperature=0.0),
+        lambda: AsymmetricKL(target_temperature=-1.0),
         lambda: CrossEntropy(gamma=-1.0),
     ],
 )
@@ -295,14 +232,14 @@ def test_wrong_options_are_refused(build) -> None:
 
 def test_a_distilling_loss_needs_the_teacher() -> None:
     blocks = make_blocks()
-    with pytest.raises(ValueError, match="teacher"):
-        ForwardKL()(Blocks(**{**blocks.__dict__, "teacher": None}))
+    with pytest.raises(ValueError, match="target's states"):
+        ForwardKL()(Blocks(**{**blocks.__dict__, "target_states": None}))
 
 
 def test_best_tokens() -> None:
     blocks = make_blocks()
-    expected = blocks.head.logits(blocks.student).argmax(-1)
-    assert torch.equal(best_tokens(blocks.student, blocks.head, chunk=4), expected)
+    expected = blocks.head.logits(blocks.draft_states).argmax(-1)
+    assert torch.equal(best_tokens(blocks.draft_states, blocks.head), expected)
 
 
 def test_liger_is_left_alone_on_a_cpu() -> None:

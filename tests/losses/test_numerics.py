@@ -11,14 +11,14 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tests.losses.test_every_loss import CASES, HARD
-from tests.losses.test_losses import VOCAB, K, N, make_blocks
+from tests.support.blocks import VOCAB, K, N, make_blocks
 from torch import Tensor, nn
 
 from draftopd.losses.acceptance import LK, E2ETotalVariation
 from draftopd.losses.base import LEAST_LOG_P, Loss
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.losses.kl import JSD, ForwardKL, ReverseKL
+from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
 LOSSES: dict[str, Callable[..., Loss]] = {name: case[0] for name, case in CASES.items()}
@@ -47,7 +47,7 @@ EXCLUDING = {
     "top_1": torch.where(torch.arange(VOCAB) == 5, 0.0, -torch.inf),
     "half": torch.where(even, LOGITS["wide"], -torch.inf),
 }
-OPTIONS: list[dict[str, Any]] = [{}, {"teacher_top_k": 1}, {"teacher_top_k": 4}, {"teacher_temperature": 0.1}]
+OPTIONS: list[dict[str, Any]] = [{}, {"target_top_k": 1}, {"target_top_k": 4}, {"target_temperature": 0.1}]
 
 
 class Given:
@@ -94,15 +94,15 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
 ) -> None:
     """Each slot of the batch is one of the drawn pairs."""
     loss = LOSSES[name](**({} if name in HARD else options))
-    sides = ([student for student, _ in drawn], [teacher or student for student, teacher in drawn])
-    states, teacher = (
+    sides = ([drafted for drafted, _ in drawn], [targets or drafted for drafted, targets in drawn])
+    states, targets = (
         torch.stack([logits_of(side[i % len(side)]) for i in range(N * K)])
         .view(N, K, VOCAB)
         .to(torch.bfloat16 if half else torch.float32)
         for side in sides
     )
     states.requires_grad_()
-    blocks = replace(make_blocks(double=False), student=states, teacher=teacher, head=Given())
+    blocks = replace(make_blocks(double=False), draft_states=states, target_states=targets, head=Given())
     value = loss(blocks).loss
     value.backward()
     assert states.grad is not None and states.grad.isfinite().all()
@@ -115,10 +115,10 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
 def test_an_excluded_token_costs_nothing_where_it_should() -> None:
     """A target's logit of -inf: ``0 log 0`` is 0 in forward KL, and mass m of the drafter's pays m times the price."""
     blocks = make_blocks(double=False)
-    teacher = torch.randn(N, K, VOCAB, generator=torch.Generator().manual_seed(1)).masked_fill(~first, -torch.inf)
-    student = torch.randn(N, K, VOCAB, generator=torch.Generator().manual_seed(2))
-    blocks = replace(blocks, student=student, teacher=teacher, head=Given())
-    log_p, log_q = teacher[..., first].double().log_softmax(-1), student.double().log_softmax(-1)
+    targets = torch.randn(N, K, VOCAB, generator=torch.Generator().manual_seed(1)).masked_fill(~first, -torch.inf)
+    drafted = torch.randn(N, K, VOCAB, generator=torch.Generator().manual_seed(2))
+    blocks = replace(blocks, draft_states=drafted, target_states=targets, head=Given())
+    log_p, log_q = targets[..., first].double().log_softmax(-1), drafted.double().log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q[..., first])).sum(-1)[blocks.valid].mean()
     torch.testing.assert_close(ForwardKL()(blocks).loss.double(), expected, rtol=1e-5, atol=0)
     outside = log_q.exp()[..., ~first].sum(-1)[blocks.valid].mean()
@@ -128,12 +128,15 @@ def test_an_excluded_token_costs_nothing_where_it_should() -> None:
 
 def test_what_is_not_excluded_keeps_its_value() -> None:
     """Logits 2e4 apart cost that much, no less."""
-    student, teacher = LOGITS["one_hot"], LOGITS["another_one_hot"]
+    drafted, targets = LOGITS["one_hot"], LOGITS["another_one_hot"]
     blocks = replace(
-        make_blocks(double=False), student=student.expand(N, K, -1), teacher=teacher.expand(N, K, -1), head=Given()
+        make_blocks(double=False),
+        draft_states=drafted.expand(N, K, -1),
+        target_states=targets.expand(N, K, -1),
+        head=Given(),
     )
     for loss, divergence in ((ForwardKL(), forward_kl), (ReverseKL(), reverse_kl)):
-        exact = divergence(student.double(), teacher.double().log_softmax(-1))
+        exact = divergence(drafted.double(), targets.double().log_softmax(-1))
         torch.testing.assert_close(loss(blocks).loss.double(), exact, rtol=1e-6, atol=0)
 
 
@@ -148,14 +151,14 @@ def random_blocks(dtype: torch.dtype, seed: int, blocks: int = 24, hidden: int =
     """A drafter about half way to its target, at ordinary logits; states and head in ``dtype``."""
     drawn = torch.Generator().manual_seed(seed)
     weight = torch.randn(vocab, hidden, generator=drawn) * 2 / hidden**0.5
-    teacher = torch.randn(blocks, K, hidden, generator=drawn)
-    student = 0.6 * teacher + 0.6 * torch.randn(blocks, K, hidden, generator=drawn)
+    targets = torch.randn(blocks, K, hidden, generator=drawn)
+    drafted = 0.6 * targets + 0.6 * torch.randn(blocks, K, hidden, generator=drawn)
     module = nn.Linear(hidden, vocab, bias=False, dtype=dtype).requires_grad_(False)
     module.weight.copy_(weight)
     everywhere = torch.ones(blocks, K, dtype=torch.bool)
     return Blocks(
-        student.to(dtype).requires_grad_(), teacher.to(dtype), LMHead(module), (student @ weight.T).argmax(-1),
-        (teacher @ weight.T).argmax(-1), torch.randint(0, K + 1, (blocks,), generator=drawn), everywhere, everywhere,
+        drafted.to(dtype).requires_grad_(), targets.to(dtype), LMHead(module), (drafted @ weight.T).argmax(-1),
+        (targets @ weight.T).argmax(-1), torch.randint(0, K + 1, (blocks,), generator=drawn), everywhere, everywhere,
     )  # fmt: skip
 
 
@@ -166,7 +169,7 @@ def test_bfloat16_stays_near_float32(name: str) -> None:
         for dtype in (torch.float32, torch.bfloat16):
             blocks = random_blocks(dtype, seed)
             value = LOSSES[name]()(blocks).loss
-            (gradient,) = torch.autograd.grad(value, blocks.student)
+            (gradient,) = torch.autograd.grad(value, blocks.draft_states)
             assert gradient.dtype == dtype and value.dtype == torch.float32
             found.append((value.detach().double(), gradient.double()))
         (exact, slope), (rounded, moved) = found

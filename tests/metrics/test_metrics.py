@@ -13,11 +13,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 from torch import Tensor, nn
 
-from draftopd.losses.blocks import Blocks
 from draftopd.metrics.acceptance_length import AcceptanceLength, acceptance_length
 from draftopd.metrics.agreement import Agreement, expected_accepted_length, slot_agreement
 from draftopd.metrics.entropy_acceptance import EDGES, EntropyAcceptance
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
+from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
 
@@ -78,13 +78,13 @@ def make_blocks(seed: int = 0) -> Blocks:
     valid = torch.ones(5, 3, dtype=torch.bool)
     valid[1, 2] = False
     zeros = torch.zeros(5, 3, dtype=torch.long)
-    student, teacher = (torch.randn(5, 3, 4, generator=generator) for _ in range(2))
-    return Blocks(student, teacher, LMHead(module), zeros, zeros, zeros[:, 0], valid, valid)
+    drafted, targets = (torch.randn(5, 3, 4, generator=generator) for _ in range(2))
+    return Blocks(drafted, targets, LMHead(module), zeros, zeros, zeros[:, 0], valid, valid)
 
 
 def test_agreement_against_loops() -> None:
     blocks = make_blocks()
-    q, p = blocks.head.logits(blocks.student).softmax(-1), blocks.head.logits(blocks.teacher).softmax(-1)
+    q, p = blocks.head.logits(blocks.draft_states).softmax(-1), blocks.head.logits(blocks.target_states).softmax(-1)
     found = slot_agreement(blocks)
     overlap, draft, target = found
     length = 0.0
@@ -112,8 +112,8 @@ def test_expected_accepted_length_is_what_rejection_sampling_accepts() -> None:
 
 
 def test_agreement_needs_scored_blocks() -> None:
-    with pytest.raises(ValueError, match="teacher"):
-        slot_agreement(Blocks(**{**make_blocks().__dict__, "teacher": None}))
+    with pytest.raises(ValueError, match="target's states"):
+        slot_agreement(Blocks(**{**make_blocks().__dict__, "target_states": None}))
 
 
 def entropies(seed: int) -> tuple[Tensor, Tensor, Tensor]:

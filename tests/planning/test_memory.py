@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 from hydra.utils import instantiate
-from tests.conftest import KINDS, small_model
-from tests.losses.configured import LOSSES, loss_config
+from tests.support.losses import LOSSES, loss_config
+from tests.support.models import KINDS, small_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -15,7 +15,6 @@ from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.losses.base import Loss
 from draftopd.losses.blend import Blend
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.kl import JSD, ForwardKL
 from draftopd.planning import work
@@ -32,7 +31,8 @@ from draftopd.planning.memory import (
 )
 from draftopd.planning.shapes import shape_of, target_of
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
-from draftopd.replay import ReplayBatch
+from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
@@ -115,7 +115,7 @@ def test_a_step_is_planned_within_a_tenth(kind: str, bfloat16: bool, checkpointi
     drafter.activation_checkpointing = checkpointing
     measured = step_peaks(target, drafter, batch, ForwardKL(), bfloat16)
     step = Step(
-        2, 384, 48, 4, 2 if bfloat16 else 4, ForwardKL().teacher, loss_copies(ForwardKL()), checkpointing=checkpointing
+        2, 384, 48, 4, 2 if bfloat16 else 4, ForwardKL().scope, loss_copies(ForwardKL()), checkpointing=checkpointing
     )  # fmt: skip
     planned = by_moment(training_step(TargetSize.of(target, target.dtype.itemsize), DrafterSize.of(drafter), step))
     assert max(planned.values()) == pytest.approx(measured[""], rel=0.1)

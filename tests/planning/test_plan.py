@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from draftopd.plan import main
+from draftopd.cli.plan import main
 
 SHARDED = "+trainer.strategy._target_=lightning.pytorch.strategies.ModelParallelStrategy"
 
@@ -64,7 +64,7 @@ def test_a_plan_needs_no_place_for_a_run(
 
 
 def test_a_directory_with_config_json_is_enough(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    known = Path(__file__).parents[2] / "src" / "draftopd" / "assets" / "shapes" / "Qwen3-4B.json"
+    known = Path(__file__).parents[2] / "src" / "draftopd" / "planning" / "known_shapes" / "Qwen3-4B.json"
     (tmp_path / "config.json").write_text(
         known.read_text().replace('"num_hidden_layers": 36', '"num_hidden_layers": 9')
     )

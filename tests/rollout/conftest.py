@@ -6,14 +6,13 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from tests.support.models import MakeRequest
 from transformers import PreTrainedTokenizerFast
 
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.rollout.trajectories import Request
+from draftopd.rollout.request import Request
 from draftopd.targets.target import Target
-
-MakeRequest = Callable[..., Request]
 
 
 @pytest.fixture

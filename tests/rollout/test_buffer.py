@@ -11,7 +11,7 @@ import pytest
 from safetensors.torch import load_file, save_file
 
 from draftopd.errors import BufferError
-from draftopd.files import checksum, read_json, write_json
+from draftopd.io.files import checksum, read_json, write_json
 from draftopd.rollout.buffer import FORMAT, AnchorBuffer, BufferWriter, Recorded
 
 

@@ -6,12 +6,13 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.rollout.conftest import MakeRequest
+from tests.support.models import MakeRequest
 
 from draftopd.decoding.generate import Decoder
 from draftopd.errors import PromptError
 from draftopd.rollout.recorded import DatasetTrajectories, JsonlTrajectories
-from draftopd.rollout.trajectories import Request, Trajectories, Trajectory
+from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.trajectories import Trajectories
 
 
 def texts_of(request: Request) -> list[Trajectory]:

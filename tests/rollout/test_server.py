@@ -14,19 +14,20 @@ from typing import Any
 
 import pytest
 import torch
-from tests.rollout.conftest import MakeRequest
-from tests.rollout.serving import FAULTS, Answer, Server, passing_on, serving
+from tests.support.models import MakeRequest
+from tests.support.serving import FAULTS, Answer, Server, passing_on, serving
 
-from draftopd import connection as module
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, PromptError, ServerError
+from draftopd.io import connection as module
+from draftopd.io.hub import resolve
 from draftopd.rollout.origin import excess_surprise
+from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.server import ServerTrajectories
-from draftopd.rollout.trajectories import Request, Trajectory
-from draftopd.targets.hub import resolve
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
 
 
 @pytest.fixture(autouse=True)
@@ -311,7 +312,7 @@ def test_text_servers_take_no_top_k(tmp_path: Path, make_request: MakeRequest) -
 
 @pytest.fixture(scope="module")
 def bundled() -> tuple[Target, Any]:
-    return Target.load("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
+    return load_target("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
 
 
 def bundled_request(bundled: tuple[Target, Any], prompts: list[list[int]]) -> Request:

@@ -8,13 +8,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from tests.rollout.conftest import MakeRequest
+from tests.support.models import MakeRequest
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import FileError
-from draftopd.rollout.trajectories import GeneratedTrajectories, InProcessTrajectories, Request, Trajectory
-from draftopd.rollout.trajectory_store import TrajectoryStore
+from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.store import TrajectoryStore
+from draftopd.rollout.trajectories import GeneratedTrajectories, InProcessTrajectories
 
 
 class Counting(GeneratedTrajectories):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import pytest
 import torch
 from scipy import stats
-from tests.conftest import DRAFTERS, KINDS
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding import coupling
@@ -17,9 +17,8 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.load import load_drafter
 from draftopd.rollout.walk import Visited, Walker
-from draftopd.targets.target import Target, load_tokenizer
-
-MakeDrafter = Callable[..., Drafter]
+from draftopd.targets.load import load_target, load_tokenizer
+from draftopd.targets.target import Target
 
 
 def as_visited(decoded: Decoded) -> Visited:
@@ -59,7 +58,7 @@ WAYS = {
 def test_greedy_anchors_are_those_of_decoding(
     way: str, kind: str, drafts: str, target_dirs, make_any: MakeDrafter
 ) -> None:
-    target = Target.load(str(target_dirs[kind]), dtype="float32")
+    target = load_target(str(target_dirs[kind]), dtype="float32")
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
     assert walk(target, drafter, decoded, Walker(Sampling(), **WAYS[way])) == [as_visited(d) for d in decoded]
@@ -87,7 +86,7 @@ def test_target_only_anchors_are_those_of_decoding(temperature: float, bundled_p
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["untrained", "tiny_dflash", "tiny_dflash_opd", "tiny_eagle3", "tiny_mtp"])
 def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
-    target, tokenizer = Target.load("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
+    target, tokenizer = load_target("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
     if name == "untrained":
         torch.manual_seed(0)
         drafter: Drafter = DFlashDrafter.for_target(target, num_layers=1, block_size=8, mask_token_id=5)

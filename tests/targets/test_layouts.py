@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.conftest import small_model
+from tests.support.models import small_model
 from torch import Tensor
 
 from draftopd.errors import TargetError
-from draftopd.targets.hub import check_size
-from draftopd.targets.target import Target
+from draftopd.io.hub import check_size
+from draftopd.targets.load import load_target
 
 
 def rewrite(place: Path, tensors: dict[str, Tensor], **config: Any) -> None:
@@ -32,7 +32,7 @@ def test_shards_with_an_index(tmp_path: Path) -> None:
     model = small_model("qwen3")
     model.save_pretrained(tmp_path, max_shard_size="20KB")
     assert len(list(tmp_path.glob("*.safetensors"))) > 2
-    found = Target.load(str(tmp_path), dtype="float32").model.state_dict()
+    found = load_target(str(tmp_path), dtype="float32").model.state_dict()
     torch.testing.assert_close(dict(found), dict(model.state_dict()), rtol=0, atol=0)
 
 
@@ -42,7 +42,7 @@ def test_an_index_that_the_config_names(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors.index.json").rename(tmp_path / "own.safetensors.index.json")
     raw = json.loads((tmp_path / "config.json").read_text()) | {"transformers_weights": "own.safetensors.index.json"}
     (tmp_path / "config.json").write_text(json.dumps(raw))
-    found = Target.load(str(tmp_path), dtype="float32").model.state_dict()
+    found = load_target(str(tmp_path), dtype="float32").model.state_dict()
     torch.testing.assert_close(dict(found), dict(model.state_dict()), rtol=0, atol=0)
 
 
@@ -55,7 +55,7 @@ def test_fp8(tmp_path: Path) -> None:
         tensors |= {key: (tensors[key].float() / scale).to(torch.float8_e4m3fn), f"{key}_scale_inv": scale.view(1, 1)}
     quantized = {"quant_method": "fp8", "activation_scheme": "dynamic", "weight_block_size": [128, 128], "fmt": "e4m3"}
     rewrite(tmp_path, tensors, quantization_config=quantized)
-    target = Target.load(str(tmp_path))
+    target = load_target(str(tmp_path))
     if not torch.cuda.is_available():  # dequantized there
         torch.testing.assert_close(target.model.state_dict()[name].float(), whole, rtol=0.1, atol=0.01)
 
@@ -68,7 +68,7 @@ def test_mxfp4(tmp_path: Path) -> None:
         blocks = torch.full((experts, outer, inner // 32, 16), 0x22, dtype=torch.uint8)  # 2 is the number 1
         tensors |= {f"{key}_blocks": blocks, f"{key}_scales": torch.full(blocks.shape[:3], 126, dtype=torch.uint8)}
     rewrite(tmp_path, tensors, quantization_config={"quant_method": "mxfp4"})
-    target = Target.load(str(tmp_path))
+    target = load_target(str(tmp_path))
     if not torch.cuda.is_available():
         assert (target.model.state_dict()["model.layers.1.mlp.experts.down_proj"] == 0.5).all()
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.conftest import KINDS
+from tests.support.models import KINDS
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -18,11 +18,12 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from draftopd.decoding.cache import PositionCache
 from draftopd.errors import TargetError
-from draftopd.targets import hub
+from draftopd.io import hub
 from draftopd.targets import target as target_module
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.targets.cache import PositionCache
+from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
 
 BATCH, LENGTH = 3, 21
 
@@ -63,7 +64,7 @@ def kind(case: tuple[str, str]) -> str:
 
 @pytest.fixture
 def loaded(case: tuple[str, str], target_dirs: dict[str, Path]) -> Target:
-    target = Target.load(str(target_dirs[case[0]]), dtype="float32", attn_implementation=case[1])
+    target = load_target(str(target_dirs[case[0]]), dtype="float32", attn_implementation=case[1])
     assert target.config._attn_implementation == case[1]
     return target
 
@@ -241,14 +242,14 @@ def test_shape_and_embedding(target: Target, target_dirs: dict[str, Path]) -> No
     assert target.device.type == "cpu" and target.dtype == torch.float32
     ids = random_tokens(2, 5)
     assert torch.equal(target.embed(ids), plain(target_dirs, "qwen3").get_input_embeddings()(ids))
-    assert Target.load(str(target_dirs["qwen3"]), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
+    assert load_target(str(target_dirs["qwen3"]), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
 
 
 class TestRefusals:
     @pytest.mark.parametrize("path", ["/no/such/directory", "Qwen/Qwen3-30B-A3B-Thinking-2507", "bundled:nothing"])
     def test_an_unknown_path(self, path: str, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(hub, "_hub_reachable", lambda: False)
-        for load in (Target.load, load_tokenizer):
+        for load in (load_target, load_tokenizer):
             with pytest.raises(TargetError, match=r"target\.path=") as raised:
                 load(path)
             assert path.removeprefix("bundled:") in str(raised.value)
@@ -282,7 +283,7 @@ def test_kinds_of_attention() -> None:
 
 def test_eager_attention_is_chosen_where_there_is_no_other(target_dirs: dict[str, Path]) -> None:
     for kind, expected in (("gpt_oss", "eager"), ("qwen3", "sdpa")):
-        assert Target.load(str(target_dirs[kind])).config._attn_implementation == expected
+        assert load_target(str(target_dirs[kind])).config._attn_implementation == expected
 
 
 def test_stop_tokens(target: Target, tokenizer: PreTrainedTokenizerFast) -> None:

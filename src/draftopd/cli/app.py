@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import atexit
 import errno
+import logging
 import os
 import re
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from pathlib import Path
@@ -21,6 +23,8 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException, InstantiationException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+
+from draftopd.errors import CONTINUES, DraftOPDError
 
 
 def run(main: Callable[[], None], configs: Path, name: str) -> None:
@@ -65,15 +69,12 @@ def _leave(code: str | int | None) -> NoReturn:
 #: What a system says of a disk that takes no more.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
-CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
-
 
 def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
     """Run a command; an error the user can act on is printed as one message, with exit status 1."""
     from draftopd.cli.check import check
-    from draftopd.errors import DraftOPDError
-    from draftopd.files import locked
-    from draftopd.ranks import is_first
+    from draftopd.distributed.ranks import is_first
+    from draftopd.io.files import locked
 
     try:
         check(OmegaConf.to_container(config, resolve=True))
@@ -245,3 +246,21 @@ def _keys(config: DictConfig, prefix: str = "") -> set[str]:
             if isinstance(child, DictConfig):
                 keys |= _keys(child, f"{path}.")
     return keys
+
+
+def quiet() -> None:
+    """No bars while weights are read, and no advice that does not apply: loaders read a local buffer without workers.
+
+    In a notebook call it before other imports, which have advice too.
+    """
+    warnings.filterwarnings("ignore", ".*IProgress not found.*")
+    warnings.filterwarnings("ignore", ".*does not have many workers.*")
+    warnings.filterwarnings("ignore", ".*Checkpoint directory .* exists and is not empty.*")
+    warnings.filterwarnings("ignore", ".*module\\(s\\) in eval mode.*")  # the target, by design
+    warnings.filterwarnings("ignore", ".*smaller than the logging interval.*")
+    warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")
+    import transformers
+
+    transformers.utils.logging.disable_progress_bar()
+    for name in ("lightning.pytorch.utilities.rank_zero", "lightning.pytorch.accelerators.cuda"):
+        logging.getLogger(name).setLevel(logging.WARNING)

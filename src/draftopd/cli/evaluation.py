@@ -16,7 +16,6 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from draftopd.callbacks.progress import rollout_progress
 from draftopd.cli.check import check, check_value
 from draftopd.cli.record import describe
 from draftopd.data.prompts import PromptEncoder
@@ -34,8 +33,10 @@ from draftopd.evaluation.served_report import print_served, write_served
 from draftopd.evaluation.settings import Settings
 from draftopd.evaluation.store import ResultStore
 from draftopd.evaluation.tensorboard import write_tensorboard
-from draftopd.targets.hub import resolve
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.io.hub import resolve
+from draftopd.targets.load import load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
+from draftopd.training.progress import rollout_progress
 
 
 def run(config: DictConfig) -> Report | list[Served]:

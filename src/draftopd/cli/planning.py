@@ -21,14 +21,14 @@ from draftopd.decoding.generate import CAPACITY_STEP
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
-from draftopd.losses.chunked import CHUNK_ELEMENTS, GPU_CHUNKS
 from draftopd.planning.devices import Assumptions
 from draftopd.planning.memory import Decoding, Sharing, loss_copies
 from draftopd.planning.report import print_plan
 from draftopd.planning.run import Run, Texts
 from draftopd.planning.shapes import shape_of, target_of
 from draftopd.planning.sizes import DrafterSize, Step
-from draftopd.rollout.engines import DecodeFreeRollout, Rollout, SpeculativeRollout
+from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout, SpeculativeRollout
+from draftopd.targets.head import CHUNK_ELEMENTS, GPU_CHUNKS
 from draftopd.targets.target import Target
 
 #: Bytes of a weight, and of what autocast computes in, by Lightning's names.
@@ -105,7 +105,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     most = _anchors(data, response, 1.0)
     step = Step(
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
-        teacher=loss.teacher if rollout.sampling.greedy or loss.teacher != "until_fail" else "proposals",
+        scope=loss.scope if rollout.sampling.greedy or loss.scope != "until_fail" else "proposals",
         loss_copies=loss_copies(loss), chunk_elements=GPU_CHUNKS * CHUNK_ELEMENTS,
         checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
         attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
@@ -119,7 +119,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     run = Run(
         target=t, drafter=d, step=step, mean=mean, sharing=sharing, devices=devices,
         texts=_texts(config, rollout, w), validation=_decoding(config, data.validation_batch_size, rollout, w, c),
-        used=min(1.0, given.tau / (d.block - 1)) if step.teacher == "until_fail" else 1.0,
+        used=min(1.0, given.tau / (d.block - 1)) if step.scope == "until_fail" else 1.0,
         proposes=loss.uses_proposals, every=max(1, trainer.get("log_every_n_steps") or 1), epochs=epochs,
         batches=batches, accumulate=trainer.get("accumulate_grad_batches") or 1, prompts=data.prompts_per_refresh,
         refreshes=-(-epochs // every) if every else 1, validation_prompts=data.validation_count, validations=tested,

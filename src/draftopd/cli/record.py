@@ -11,7 +11,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.files import replaced, write_json
+from draftopd.io.files import replaced, write_json
 
 #: Of ``run.json``.
 FORMAT = 1

@@ -22,29 +22,30 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.callbacks.draft_viewer import DraftViewer
-from draftopd.callbacks.last_checkpoint import LastCheckpoint
-from draftopd.callbacks.progress import rollout_progress
-from draftopd.callbacks.refresh_anchors import RefreshAnchors
-from draftopd.checkpoints import CheckpointFiles, newest_whole
+from draftopd.cli.app import quiet
 from draftopd.cli.check import check, check_value
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
-from draftopd.cli.watch import watched
-from draftopd.data.replay_datamodule import ReplayDataModule
+from draftopd.cli.runs import settings
+from draftopd.distributed.sharding import whole_tensors
+from draftopd.distributed.watch import watched
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError, FileError
-from draftopd.evaluation.runs import settings
-from draftopd.files import read_json, write_json
+from draftopd.io.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
-from draftopd.module import DraftModule
-from draftopd.quiet import quiet
+from draftopd.replay.fresh import FreshAnchors
 from draftopd.rollout.anchors import depends_on_drafter
-from draftopd.rollout.engines import DecodeFreeRollout, Rollout
-from draftopd.rollout.fresh import FreshAnchors
-from draftopd.rollout.trajectories import InProcessTrajectories, Request
-from draftopd.sharding import whole_tensors
-from draftopd.targets.target import Target, load_tokenizer, stop_tokens
+from draftopd.rollout.request import Request
+from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout
+from draftopd.rollout.trajectories import InProcessTrajectories
+from draftopd.targets.load import load_tokenizer, stop_tokens
+from draftopd.targets.target import Target
+from draftopd.training.checkpoints import CheckpointFiles, LastCheckpoint, newest_whole
+from draftopd.training.datamodule import ReplayDataModule
+from draftopd.training.module import DraftModule
+from draftopd.training.progress import rollout_progress
+from draftopd.training.refresh import RefreshAnchors
+from draftopd.training.viewer import DraftViewer
 
 log = logging.getLogger(__name__)
 
@@ -257,11 +258,11 @@ def _advise_on_temperature(config: DictConfig, rollout: Rollout) -> None:
     """Warn of a loss whose law is not the one that drafting and verification have above temperature 0."""
     if rollout.sampling.greedy:
         return
-    sharpened = config.loss.get("teacher_temperature", 1.0)
+    sharpened = config.loss.get("target_temperature", 1.0)
     if sharpened != 1:
         log.warning(
             "rollout.temperature=%s verifies with target and drafter at that temperature, but "
-            "loss.teacher_temperature=%s draws the drafter to a target at another: use loss.teacher_temperature=1.",
+            "loss.target_temperature=%s draws the drafter to a target at another: use loss.target_temperature=1.",
             rollout.sampling.temperature, sharpened,
         )  # fmt: skip
     if config.loss["_target_"].endswith(".SampledKL") and config.loss.get("include_correction"):

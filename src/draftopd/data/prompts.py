@@ -9,11 +9,11 @@ from typing import Any, Protocol, runtime_checkable
 
 from transformers import PreTrainedTokenizerBase
 
+from draftopd.bundled.problems import Split, problem
 from draftopd.data.order import RoundOrder
-from draftopd.data.reasoning import Split, problem
 from draftopd.errors import PromptError
-from draftopd.json_text import MAX_LINE, is_text, listed, parse_json, shown
-from draftopd.targets.hub import limit_waiting
+from draftopd.io.hub import limit_waiting
+from draftopd.io.json_text import MAX_LINE, is_text, listed, parse_json, shown
 
 #: One conversation in the chat template's form.
 Messages = list[dict[str, str]]

@@ -11,10 +11,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from draftopd.decoding.cache import PositionCache
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verdict, verify_matching, verify_rejection
 from draftopd.drafters.base import Drafter
+from draftopd.targets.cache import PositionCache
 from draftopd.targets.target import Target
 
 

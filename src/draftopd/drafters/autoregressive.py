@@ -19,9 +19,9 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor, nn
 
-from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View
 from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.targets.cache import PositionStore
 from draftopd.targets.target import Target
 
 

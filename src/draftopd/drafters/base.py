@@ -18,12 +18,12 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from typing_extensions import Self
 
-from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import Kernel
 from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
 from draftopd.errors import DrafterError
+from draftopd.io.hub import resolve
+from draftopd.targets.cache import PositionStore
 from draftopd.targets.head import LMHead
-from draftopd.targets.hub import resolve
 from draftopd.targets.target import Target
 
 #: Picks tokens ``[..., n]`` from the drafter's states ``[..., n, hidden]`` of its next ``n`` slots. A block-parallel

@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedConfig
 
 from draftopd.errors import DrafterError, FileError
-from draftopd.files import checksum, read_json, replaced, write_json, writing
-from draftopd.json_text import listed, parse_json, shown, whole
+from draftopd.io.files import checksum, read_json, replaced, write_json, writing
+from draftopd.io.json_text import listed, parse_json, shown, whole
 
 log = logging.getLogger(__name__)
 

@@ -16,13 +16,13 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from typing_extensions import Self
 
-from draftopd.decoding.cache import PositionStore
 from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View, uses_flex
 from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
 from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
-from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
+from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
+from draftopd.targets.cache import PositionStore
 from draftopd.targets.target import Target
 
 

@@ -23,7 +23,7 @@ from draftopd.drafters.base import TargetShape
 from draftopd.drafters.checkpoint import filled
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.drafters.eagle3_format import describe, parse_config, refuse_others, usual_layers
-from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
+from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
 from draftopd.targets.head import LMHead, Vocabulary
 from draftopd.targets.target import Target
@@ -123,7 +123,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         Args:
             vocabulary: target token ids that it can propose; None: all.
             target_layer_ids: default as engines take them, see :func:`default_target_layers`.
-            intermediate_size, num_heads: see :func:`~draftopd.drafters.fresh.layer_shape`.
+            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
         """
         config = LlamaConfig(**layer_shape(target, 1, intermediate_size, num_heads))
         ids = torch.arange(target.vocab_size) if vocabulary is None else vocabulary.cpu().unique()

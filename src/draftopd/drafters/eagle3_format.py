@@ -15,7 +15,7 @@ from transformers import LlamaConfig
 
 from draftopd.drafters.checkpoint import architecture_of, layer_fields, parse_layers
 from draftopd.errors import DrafterError
-from draftopd.json_text import shown, whole
+from draftopd.io.json_text import shown, whole
 
 if TYPE_CHECKING:
     from draftopd.drafters.eagle3 import Eagle3Drafter

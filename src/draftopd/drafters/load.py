@@ -14,7 +14,7 @@ from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.errors import DrafterError
-from draftopd.targets.hub import resolve
+from draftopd.io.hub import resolve
 
 #: Drafters by the architecture that their ``config.json`` names.
 DRAFTERS: dict[str, type[Drafter]] = {

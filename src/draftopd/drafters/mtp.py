@@ -22,7 +22,7 @@ from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
 from draftopd.drafters.base import TargetShape
 from draftopd.drafters.checkpoint import filled
-from draftopd.drafters.fresh import draw_weights, final_norm_weight, layer_shape
+from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
 from draftopd.drafters.mtp_format import OF_THE_TARGET, describe, parse_config
 from draftopd.targets.target import Target
 
@@ -75,7 +75,7 @@ class MTPDrafter(AutoregressiveDrafter):
         """A fresh drafter: normally distributed weights, the target's final norm.
 
         Args:
-            intermediate_size, num_heads: see :func:`~draftopd.drafters.fresh.layer_shape`.
+            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
             from_last_layer: begin with the weights of the target's last layer, where it is of the same kind and shape.
         """
         config = Qwen3Config(**layer_shape(target, 1, intermediate_size, num_heads))

@@ -12,7 +12,7 @@ from transformers import Qwen3Config
 
 from draftopd.drafters.checkpoint import architecture_of, layer_fields, parse_layers
 from draftopd.errors import DrafterError
-from draftopd.json_text import shown, whole
+from draftopd.io.json_text import shown, whole
 
 if TYPE_CHECKING:
     from draftopd.drafters.mtp import MTPDrafter

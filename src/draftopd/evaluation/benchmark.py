@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from draftopd.bundled.problems import Split, problems, read_answer
 from draftopd.data.prompts import Messages, read_jsonl
-from draftopd.data.reasoning import Split, problems, read_answer
 from draftopd.errors import PromptError
 
 

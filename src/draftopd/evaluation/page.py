@@ -8,11 +8,11 @@ from pathlib import Path
 
 from matplotlib.figure import Figure
 
-from draftopd.draft_text import LEGEND, as_html
-from draftopd.draft_text import STYLE as DRAFT_STYLE
+from draftopd.decoding.draft_text import LEGEND, as_html
+from draftopd.decoding.draft_text import STYLE as DRAFT_STYLE
 from draftopd.evaluation import plots
 from draftopd.evaluation.report import HEADINGS, Report, notes, rows
-from draftopd.files import replaced
+from draftopd.io.files import replaced
 
 STYLE = """
 body { font: 15px/1.5 system-ui, sans-serif; color: #1a1a1a; max-width: 68rem; margin: 2rem auto; padding: 0 1rem; }

@@ -11,13 +11,13 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from draftopd import files
 from draftopd.evaluation.cost import Prediction, best
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import Evaluation
 from draftopd.evaluation.statistics import Interval, difference, groups_of, sentence
 from draftopd.evaluation.store import finite
-from draftopd.files import replaced
+from draftopd.io import files
+from draftopd.io.files import replaced
 
 #: Of ``results.json``.
 FORMAT = 1

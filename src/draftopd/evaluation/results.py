@@ -8,7 +8,7 @@ from functools import cached_property
 
 import torch
 
-from draftopd.draft_text import DraftedBlock
+from draftopd.decoding.draft_text import DraftedBlock
 from draftopd.evaluation.lossless import Mismatch, same_law
 from draftopd.evaluation.settings import Settings
 from draftopd.evaluation.statistics import Interval, bootstrap, groups_of

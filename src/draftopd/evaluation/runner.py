@@ -11,16 +11,15 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import Messages, PromptEncoder
+from draftopd.decoding.draft_text import blocks_of
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
-from draftopd.draft_text import blocks_of
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
 from draftopd.evaluation.lossless import compare, features
 from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.settings import Settings
-from draftopd.losses.chunked import CHUNK_ELEMENTS
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.targets.target import Target
 
@@ -197,8 +196,7 @@ class _Text:
         response = ids[0, len(decoded.prompt) :]
         temperature = sampling.temperature or 1.0
         entropies, log_probs = [], []
-        chunk = max(1, CHUNK_ELEMENTS // target.vocab_size)
-        for part, tokens in zip(states.split(chunk), response.split(chunk), strict=True):
+        for part, tokens in target.head.chunks(states, response):
             log_p = (target.head.logits(part) / temperature).log_softmax(-1)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             log_probs.append(log_p.gather(-1, tokens[:, None])[:, 0])

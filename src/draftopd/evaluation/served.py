@@ -15,10 +15,10 @@ from typing import Any, Literal
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from draftopd.connection import Address, Line
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, ServerError
-from draftopd.json_text import whole
+from draftopd.io.connection import Address, Line
+from draftopd.io.json_text import whole
 from draftopd.rollout.server_answers import completion_body, generate_body
 
 #: vLLM's counters; the last by block position.

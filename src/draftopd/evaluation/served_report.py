@@ -11,7 +11,7 @@ from rich.table import Table
 
 from draftopd.evaluation.served import Served
 from draftopd.evaluation.store import finite
-from draftopd.files import replaced, write_json
+from draftopd.io.files import replaced, write_json
 
 #: Of ``served.json``.
 FORMAT = 1

@@ -10,13 +10,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from draftopd.draft_text import DraftedBlock
+from draftopd.decoding.draft_text import DraftedBlock
 from draftopd.errors import ConfigError, FileError
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import PromptResult
 from draftopd.evaluation.runner import ExampleResults
-from draftopd.files import read_json, replaced, seal, write_json, writing
-from draftopd.json_text import parse_json
+from draftopd.io.files import read_json, replaced, seal, write_json, writing
+from draftopd.io.json_text import parse_json
 
 log = logging.getLogger(__name__)
 

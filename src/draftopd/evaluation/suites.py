@@ -11,8 +11,8 @@ from typing import Any
 from draftopd.data.prompts import read_rows
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
-from draftopd.json_text import is_text, listed
-from draftopd.targets.hub import limit_waiting
+from draftopd.io.hub import limit_waiting
+from draftopd.io.json_text import is_text, listed
 
 #: Seed of the choice where a suite has more rows than are decoded.
 CHOICE = 42

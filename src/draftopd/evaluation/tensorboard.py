@@ -6,7 +6,7 @@ from pathlib import Path
 
 from torch.utils.tensorboard import SummaryWriter
 
-from draftopd.draft_text import as_markdown
+from draftopd.decoding.draft_text import as_markdown
 from draftopd.evaluation import plots
 from draftopd.evaluation.report import Report
 

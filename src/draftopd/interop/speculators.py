@@ -23,7 +23,7 @@ from draftopd.drafters.mtp import MTPDrafter
 from draftopd.drafters.mtp_format import describe as describe_mtp
 from draftopd.errors import DrafterError
 from draftopd.interop.target_files import TargetFiles
-from draftopd.json_text import shown, whole
+from draftopd.io.json_text import shown, whole
 
 #: Tensors of a DFlash speculator that are the target's, not the drafter's.
 _OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight")

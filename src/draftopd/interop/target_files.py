@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers.utils import cached_file
 
 from draftopd.errors import TargetError
-from draftopd.json_text import parse_json, shown, whole
-from draftopd.targets.hub import check_places, local_only, resolve, unavailable
+from draftopd.io.hub import check_places, local_only, resolve, unavailable
+from draftopd.io.json_text import parse_json, shown, whole
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 

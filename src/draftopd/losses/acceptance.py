@@ -7,11 +7,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from draftopd import ranks
-from draftopd.losses.base import Loss, LossOutput, SlotLoss, Stream, Teacher, TeacherOn, on_recorded
-from draftopd.losses.blocks import Blocks
+from draftopd.distributed import ranks
+from draftopd.losses.base import Loss, LossOutput, ScoredOn, SlotLoss, Stream, TargetView, on_recorded
 from draftopd.losses.divergence import forward_kl, log_overlap, overlap
 from draftopd.losses.weighting import power_decay, weighted_mean
+from draftopd.replay.blocks import Blocks
 
 
 class TotalVariation(SlotLoss):
@@ -19,8 +19,8 @@ class TotalVariation(SlotLoss):
 
     renormalize = False
 
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return 1 - overlap(student_logits, teacher_logits)
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        return 1 - overlap(draft_logits, target_logits)
 
 
 class LK(SlotLoss):
@@ -49,12 +49,10 @@ class LK(SlotLoss):
             raise ValueError(f"kl_scale must lie in [0, 1] and kl_decay be 0 or more, found {kl_scale}, {kl_decay}.")
         self.kind, self.kl_scale, self.kl_decay = kind, kl_scale, kl_decay
 
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
         if self.kind == "log":
-            return -log_overlap(student_logits, teacher_logits)
-        return torch.stack(
-            [forward_kl(student_logits, teacher_logits), 1 - overlap(student_logits, teacher_logits)], -1
-        )
+            return -log_overlap(draft_logits, target_logits)
+        return torch.stack([forward_kl(draft_logits, target_logits), 1 - overlap(draft_logits, target_logits)], -1)
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
         values = super().values(blocks, used, stream)
@@ -77,7 +75,7 @@ class E2ETotalVariation(Loss):
     Args:
         gamma: weighs late slots less; 1 is the expected accepted length itself.
         accept_until_fail: sum only up to the first rejected slot.
-        teacher_temperature, teacher_top_k, teacher_on: see :class:`~draftopd.losses.base.DistilledLoss`.
+        target_temperature, target_top_k, scored_on: see :class:`~draftopd.losses.base.DistilledLoss`.
 
     Raises:
         ValueError: if gamma lies outside (0, 1].
@@ -87,24 +85,24 @@ class E2ETotalVariation(Loss):
         self,
         gamma: float = 1.0,
         accept_until_fail: bool = False,
-        teacher_temperature: float = 1.0,
-        teacher_top_k: int | None = None,
-        teacher_on: TeacherOn = "proposals",
+        target_temperature: float = 1.0,
+        target_top_k: int | None = None,
+        scored_on: ScoredOn = "proposals",
     ) -> None:
         if not 0 < gamma <= 1:
             raise ValueError(f"gamma must lie in (0, 1], found {gamma}.")
         self.gamma, self.accept_until_fail = gamma, accept_until_fail
-        self.target = Teacher(teacher_temperature, teacher_top_k, renormalize=False)
-        self.teacher = "until_fail" if accept_until_fail else "proposals"
-        if on_recorded(teacher_on):
-            self.teacher = "recorded"
+        self.view = TargetView(target_temperature, target_top_k, renormalize=False)
+        self.scope = "until_fail" if accept_until_fail else "proposals"
+        if on_recorded(scored_on):
+            self.scope = "recorded"
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         used = blocks.valid & blocks.until_fail() if self.accept_until_fail else blocks.valid
         # A slot that does not count accepts nothing, nor does any after it.
         alpha = torch.zeros(used.shape, device=used.device)
-        alpha = alpha.masked_scatter(used, self.target.compare(overlap, blocks, used))
+        alpha = alpha.masked_scatter(used, self.view.compare(overlap, blocks, used))
         reach = alpha.cumprod(-1) * power_decay(used.shape[1], self.gamma).to(alpha.device)
         lengths = reach.sum(-1)
         length = weighted_mean(lengths, torch.ones_like(lengths))
-        return LossOutput(-length, {"expected_accepted_length": length.detach(), **self.target.report()})
+        return LossOutput(-length, {"expected_accepted_length": length.detach(), **self.view.report()})

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from draftopd.losses.base import DistilledLoss, Normalization, Stream, TeacherOn
-from draftopd.losses.blocks import Blocks
+from draftopd.losses.base import DistilledLoss, Normalization, ScoredOn, Stream
 from draftopd.losses.divergence import forward_kl, reverse_kl
+from draftopd.replay.blocks import Blocks
 
 
 class AsymmetricKL(DistilledLoss):
@@ -17,7 +17,7 @@ class AsymmetricKL(DistilledLoss):
         accepted_gamma: the same for the accepted stream; the paper's is 1.
         accepted_weight, rejected_weight, include_correction, accept_until_fail, normalization: see
             :class:`~draftopd.losses.base.StreamLoss`.
-        teacher_temperature, teacher_top_k, teacher_on: see :class:`~draftopd.losses.base.DistilledLoss`.
+        target_temperature, target_top_k, scored_on: see :class:`~draftopd.losses.base.DistilledLoss`.
     """
 
     same_on_both = False
@@ -30,15 +30,15 @@ class AsymmetricKL(DistilledLoss):
         rejected_weight: float = 1.0,
         include_correction: bool = False,
         accept_until_fail: bool = False,
-        teacher_temperature: float = 1.0,
+        target_temperature: float = 1.0,
         normalization: Normalization = "stream",
-        teacher_top_k: int | None = None,
-        teacher_on: TeacherOn = "proposals",
+        target_top_k: int | None = None,
+        scored_on: ScoredOn = "proposals",
     ) -> None:
         super().__init__(
-            gamma, accept_until_fail, teacher_temperature, accepted_gamma, accepted_weight, rejected_weight,
-            include_correction, normalization, teacher_top_k, teacher_on,
+            gamma, accept_until_fail, target_temperature, accepted_gamma, accepted_weight, rejected_weight,
+            include_correction, normalization, target_top_k, scored_on,
         )  # fmt: skip
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
-        return self.target.compare(forward_kl if stream == "accepted" else reverse_kl, blocks, used)
+        return self.view.compare(forward_kl if stream == "accepted" else reverse_kl, blocks, used)

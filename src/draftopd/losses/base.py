@@ -8,12 +8,12 @@ from typing import Literal, NamedTuple, get_args
 import torch
 from torch import Tensor
 
-from draftopd import ranks
 from draftopd.decoding.sampling import LEAST_TEMPERATURE
-from draftopd.losses.blocks import Blocks
+from draftopd.distributed import ranks
 from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
 from draftopd.losses.weighting import power_decay, weighted_mean
+from draftopd.replay.blocks import Blocks, Scope
 
 
 class LossOutput(NamedTuple):
@@ -23,14 +23,9 @@ class LossOutput(NamedTuple):
     parts: dict[str, Tensor]
 
 
-#: Which of the target's states a loss needs: on the drafter's own tokens in every slot; up to the first
-#: rejection only, where own and recorded tokens are the same (at temperature 0); on the recorded tokens in every
-#: slot that has one; or none.
-TeacherScope = Literal["proposals", "until_fail", "recorded", "none"]
-
 #: The text that the target is asked on: the drafter's own tokens, or the recorded ones as in SFT, which needs no
 #: second pass of the target.
-TeacherOn = Literal["proposals", "recorded"]
+ScoredOn = Literal["proposals", "recorded"]
 
 #: ``stream``: each stream is averaged by itself, then both by their weights; ``token``: all slots jointly.
 Normalization = Literal["stream", "token"]
@@ -46,7 +41,7 @@ LEAST_LOG_P = -1e6
 class Loss(ABC):
     """A function of replayed blocks, and of nothing else but how far training has come."""
 
-    teacher: TeacherScope = "proposals"
+    scope: Scope = "proposals"
     #: Whether it depends on what the drafter proposed; where not, a step need not find that out.
     uses_proposals = True
     #: Share of all optimizer steps that are done, in [0, 1); set before each.
@@ -96,7 +91,7 @@ class StreamLoss(Loss):
         self.include_correction = include_correction
         self.accept_until_fail = accept_until_fail
         self.normalization = normalization
-        self.teacher = "until_fail" if accept_until_fail or rejected_weight == 0 else "proposals"
+        self.scope = "until_fail" if accept_until_fail or rejected_weight == 0 else "proposals"
 
     #: Whether both streams have the same value at a slot.
     same_on_both = True
@@ -121,7 +116,7 @@ class StreamLoss(Loss):
             member = blocks.rejected_stream()
             if self.accept_until_fail:
                 member = member & blocks.until_fail()
-        decay = self.decay(blocks.proposals.shape[1], stream).to(blocks.student.device)
+        decay = self.decay(blocks.proposals.shape[1], stream).to(blocks.draft_states.device)
         return decay * (member & self.usable(blocks))
 
     def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
@@ -137,7 +132,7 @@ class StreamLoss(Loss):
         if self.same_on_both:
             # A slot may stand in both streams: it is computed once.
             used = masks[0] | masks[1]
-            every = blocks.student.new_zeros(used.shape, dtype=torch.float32)
+            every = blocks.draft_states.new_zeros(used.shape, dtype=torch.float32)
             every = every.masked_scatter(used, self.values(blocks, used, "accepted"))
             factor = self.importance(blocks, every.detach(), used)
             values, weights = [every[mask] for mask in masks], [weight * factor for weight in weights]
@@ -154,18 +149,18 @@ class StreamLoss(Loss):
         return LossOutput(loss, {name: mean.detach() for name, mean in zip(get_args(Stream), means, strict=True)})
 
 
-def on_recorded(teacher_on: TeacherOn) -> bool:
+def on_recorded(scored_on: ScoredOn) -> bool:
     """Whether the target is asked on the recorded text.
 
     Raises:
-        ValueError: if it is neither of :data:`TeacherOn`.
+        ValueError: if it is neither of :data:`ScoredOn`.
     """
-    if teacher_on not in get_args(TeacherOn):
-        raise ValueError(f"teacher_on must be 'proposals' or 'recorded', found {teacher_on!r}.")
-    return teacher_on == "recorded"
+    if scored_on not in get_args(ScoredOn):
+        raise ValueError(f"scored_on must be 'proposals' or 'recorded', found {scored_on!r}.")
+    return scored_on == "recorded"
 
 
-class Teacher:
+class TargetView:
     """How the target's distribution is shown to the drafter.
 
     Args:
@@ -182,16 +177,16 @@ class Teacher:
 
     def __init__(self, temperature: float = 1.0, top_k: int | None = None, renormalize: bool = True) -> None:
         if not LEAST_TEMPERATURE <= temperature < float("inf"):
-            raise ValueError(f"teacher_temperature must be {LEAST_TEMPERATURE:g} or more, found {temperature}.")
+            raise ValueError(f"target_temperature must be {LEAST_TEMPERATURE:g} or more, found {temperature}.")
         if top_k is not None and top_k < 1:
-            raise ValueError(f"teacher_top_k must be 1 or more, or null, found {top_k}.")
+            raise ValueError(f"target_top_k must be 1 or more, or null, found {top_k}.")
         self.temperature, self.top_k, self.renormalize = temperature, top_k, renormalize
         self._spread = torch.zeros(())
         self._slots = 0
         self._counting = False
 
     def compare(self, fn: SlotFunction, blocks: Blocks, used: Tensor, *extras: Tensor) -> Tensor:
-        """``fn(student_logits, log_p, *extras)`` at the slots where ``used [N, K]`` is True: ``[n]``.
+        """``fn(draft_logits, log_p, *extras)`` at the slots where ``used [N, K]`` is True: ``[n]``.
 
         ``log_p`` are the target's log-probabilities of the tokens that the drafter's head has.
 
@@ -199,15 +194,15 @@ class Teacher:
             extras: ``[N, K]`` each, handed on slot by slot.
 
         Raises:
-            ValueError: if the blocks carry no teacher states.
+            ValueError: if the blocks carry none of the target's states.
         """
-        if blocks.teacher is None:
-            raise ValueError("This loss distils from the target, but the blocks carry no teacher states.")
+        if blocks.target_states is None:
+            raise ValueError("This loss distils from the target, but the blocks carry none of the target's states.")
         head = blocks.head
 
-        def with_teacher(student_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
+        def with_target(draft_logits: Tensor, states: Tensor, *more: Tensor) -> Tensor:
             with torch.no_grad():
-                log_p = self._divided(blocks.teacher_logits(states)).log_softmax(-1).clamp_(min=LEAST_LOG_P)
+                log_p = self._divided(blocks.target_logits(states)).log_softmax(-1).clamp_(min=LEAST_LOG_P)
                 if self.top_k is not None:
                     log_p, mass = keep_top_k(log_p, self.top_k)
                     if self._counting:
@@ -216,11 +211,13 @@ class Teacher:
                 kept = head.restrict(log_p)
                 if self.renormalize and kept.shape != log_p.shape:
                     kept = kept.log_softmax(-1)
-            return fn(student_logits, kept, *more)
+            return fn(draft_logits, kept, *more)
 
         self._counting = True  # and not where a backward pass computes the chunks again
         try:
-            return per_slot(with_teacher, blocks.student[used], head, blocks.teacher[used], *(e[used] for e in extras))
+            return per_slot(
+                with_target, blocks.draft_states[used], head, blocks.target_states[used], *(e[used] for e in extras)
+            )
         finally:
             self._counting = False
 
@@ -233,7 +230,7 @@ class Teacher:
             return {}
         mean = self._spread / max(1, self._slots)
         self._spread, self._slots = torch.zeros(()), 0
-        return {"teacher_mass_outside_top_k": mean}
+        return {"target_mass_outside_top_k": mean}
 
 
 class DistilledLoss(StreamLoss):
@@ -242,48 +239,48 @@ class DistilledLoss(StreamLoss):
     Args:
         gamma, accept_until_fail, accepted_gamma, accepted_weight, rejected_weight, include_correction,
             normalization: see :class:`StreamLoss`.
-        teacher_temperature, teacher_top_k: see :class:`Teacher`.
-        teacher_on: see :data:`TeacherOn`.
+        target_temperature, target_top_k: see :class:`TargetView`.
+        scored_on: see :data:`ScoredOn`.
 
     Raises:
-        ValueError: if ``teacher_on`` is neither.
+        ValueError: if ``scored_on`` is neither.
     """
 
-    #: See :class:`Teacher`.
+    #: See :class:`TargetView`.
     renormalize = True
 
     def __init__(
         self,
         gamma: float = 1.0,
         accept_until_fail: bool = False,
-        teacher_temperature: float = 1.0,
+        target_temperature: float = 1.0,
         accepted_gamma: float | None = None,
         accepted_weight: float = 1.0,
         rejected_weight: float = 1.0,
         include_correction: bool = False,
         normalization: Normalization = "token",
-        teacher_top_k: int | None = None,
-        teacher_on: TeacherOn = "proposals",
+        target_top_k: int | None = None,
+        scored_on: ScoredOn = "proposals",
     ) -> None:
         super().__init__(
             gamma, accepted_gamma, accepted_weight, rejected_weight, include_correction, accept_until_fail,
             normalization,
         )  # fmt: skip
-        self.target = Teacher(teacher_temperature, teacher_top_k, self.renormalize)
-        if on_recorded(teacher_on):
-            self.teacher = "recorded"
+        self.view = TargetView(target_temperature, target_top_k, self.renormalize)
+        if on_recorded(scored_on):
+            self.scope = "recorded"
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         loss, parts = super().__call__(blocks)
-        return LossOutput(loss, parts | self.target.report())
+        return LossOutput(loss, parts | self.view.report())
 
 
 class SlotLoss(DistilledLoss):
     """One divergence between target and drafter on every slot: subclasses give :meth:`slot`."""
 
     @abstractmethod
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
         """``[n, vocab], [n, vocab] -> [n]``, differentiable in the first; the second are log-probabilities."""
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
-        return self.target.compare(self.slot, blocks, used)
+        return self.view.compare(self.slot, blocks, used)

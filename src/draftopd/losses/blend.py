@@ -6,13 +6,13 @@ from typing import Annotated
 
 from pydantic import Field
 
-from draftopd.losses.base import Loss, LossOutput, TeacherScope
-from draftopd.losses.blocks import Blocks
+from draftopd.losses.base import Loss, LossOutput
+from draftopd.replay.blocks import Blocks, Scope
 
 Share = Annotated[float, Field(ge=0, le=1)]
 
 #: From the least of the target's states to the most. The recorded text's are others.
-_SCOPES: tuple[TeacherScope, ...] = ("none", "until_fail", "proposals")
+_SCOPES: tuple[Scope, ...] = ("none", "until_fail", "proposals")
 
 
 class Blend(Loss):
@@ -37,7 +37,7 @@ class Blend(Loss):
                 raise ValueError(f"begin and end are shares, in [0, 1], found {share}.")
         self.first, self.second = first, second
         self.begin, self.end = begin, end
-        self.teacher = _wider(first.teacher, second.teacher)
+        self.scope = _wider(first.scope, second.scope)
         self.uses_proposals = first.uses_proposals or second.uses_proposals
 
     def __call__(self, blocks: Blocks) -> LossOutput:
@@ -50,10 +50,10 @@ class Blend(Loss):
         return LossOutput(first.lerp(second, share), named)
 
 
-def _wider(first: TeacherScope, second: TeacherScope) -> TeacherScope:
+def _wider(first: Scope, second: Scope) -> Scope:
     scopes = {first, second}
     if "recorded" in scopes:
         if scopes - {"recorded", "none"}:
-            raise ValueError("Both losses of a blend must ask the target on the same text: set teacher_on of both.")
+            raise ValueError("Both losses of a blend must ask the target on the same text: set scored_on of both.")
         return "recorded"
     return max(scopes, key=_SCOPES.index)

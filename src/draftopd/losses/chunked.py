@@ -14,56 +14,50 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from draftopd.losses.blocks import Head
 from draftopd.targets.head import LMHead
 
-#: ``fn(student_logits [n, vocab], *extras [n, ...]) -> [n]`` or ``[n, m]``, differentiable in its first argument.
+#: ``fn(draft_logits [n, vocab], *extras [n, ...]) -> [n]`` or ``[n, m]``, differentiable in its first argument.
 SlotFunction = Callable[..., Tensor]
 
-#: Logits held at once, in elements (float32): 32 MiB a copy, which a CPU's caches half hold.
-CHUNK_ELEMENTS = 2**23
-#: How many times that on a GPU, which reads the whole head for every chunk.
-GPU_CHUNKS = 8
 
-
-def per_slot(fn: SlotFunction, student: Tensor, head: Head, *extras: Tensor, chunk: int | None = None) -> Tensor:
+def per_slot(fn: SlotFunction, drafted: Tensor, head: LMHead, *extras: Tensor, chunk: int | None = None) -> Tensor:
     """``fn`` of every slot's logits, ``[n]`` in float32, or ``[n, m]`` where it gives ``m`` values a slot.
 
     Args:
         fn: the values of one slot from its logits; slots must not mix.
-        student: ``[n, hidden]``; receives the gradient.
+        drafted: ``[n, hidden]``; receives the gradient.
         head: the drafter's LM head; receives the gradient too unless it is frozen.
         extras: tensors ``[n, ...]`` handed to ``fn`` with the logits; they get no gradient.
-        chunk: slots at once; default as many as :data:`CHUNK_ELEMENTS` allows.
+        chunk: slots at once; default as many as :meth:`~draftopd.targets.head.LMHead.rows_at_once` allows.
     """
     if chunk is None:
-        chunk = _slots_at_once(head)
+        chunk = head.rows_at_once()
     if head.weight.requires_grad and torch.is_grad_enabled():
 
         def values(states: Tensor, *more: Tensor) -> Tensor:
             return fn(head.logits(states), *more).float()
 
-        parts = zip(*(t.split(chunk) for t in (student, *extras)), strict=True)
+        parts = zip(*(t.split(chunk) for t in (drafted, *extras)), strict=True)
         return torch.cat([checkpoint(values, *part, use_reentrant=False) for part in parts])
-    result: Tensor = _PerSlot.apply(student, fn, head, chunk, *extras)
+    result: Tensor = _PerSlot.apply(drafted, fn, head, chunk, *extras)
     return result
 
 
 class _PerSlot(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, student: Tensor, fn: SlotFunction, head: Head, chunk: int, *extras: Tensor) -> Tensor:
+    def forward(ctx: Any, drafted: Tensor, fn: SlotFunction, head: LMHead, chunk: int, *extras: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
         # Made at once: what outlives a chunk would lie between its buffers and keep their memory from being used again.
-        values = gradient = student.new_empty(0)
-        for start in range(0, max(1, student.shape[0]), chunk):
+        values = gradient = drafted.new_empty(0)
+        for start in range(0, max(1, drafted.shape[0]), chunk):
             part = slice(start, start + chunk)
-            states = student[part].detach().requires_grad_(wanted)
+            states = drafted[part].detach().requires_grad_(wanted)
             with torch.set_grad_enabled(wanted):
                 value = fn(head.logits(states), *(extra[part] for extra in extras))
                 columns = value.sum(0, keepdim=value.ndim == 1).unbind()
             if not start:
-                values = value.new_empty(len(student), *value.shape[1:], dtype=torch.float32)
-                gradient = student.new_empty(len(student), len(columns), student.shape[-1]) if wanted else gradient
+                values = value.new_empty(len(drafted), *value.shape[1:], dtype=torch.float32)
+                gradient = drafted.new_empty(len(drafted), len(columns), drafted.shape[-1]) if wanted else gradient
             values[part] = value.detach()
             for number, column in enumerate(columns if wanted else ()):
                 (gradient[part, number],) = torch.autograd.grad(column, states, retain_graph=column is not columns[-1])
@@ -77,17 +71,3 @@ class _PerSlot(torch.autograd.Function):
         (gradient,) = ctx.saved_tensors  # [n, m, hidden]
         outer = grads[0].unflatten(0, (-1, 1)) if grads[0].ndim == 1 else grads[0]
         return ((gradient * outer[..., None].to(gradient.dtype)).sum(1), *[None] * (3 + ctx.extras))
-
-
-def best_tokens(hidden: Tensor, head: LMHead, chunk: int | None = None) -> Tensor:
-    """The head's most likely token ``[...]`` at every state ``[..., hidden]``, in chunks."""
-    if chunk is None:
-        chunk = _slots_at_once(head)
-    flat = hidden.detach().flatten(0, -2)
-    with torch.no_grad():
-        return torch.cat([head.best_tokens(part) for part in flat.split(chunk)]).view(hidden.shape[:-1])
-
-
-def _slots_at_once(head: Head) -> int:
-    factor = GPU_CHUNKS if head.weight.is_cuda else 1
-    return max(1, factor * CHUNK_ELEMENTS // head.weight.shape[0])

@@ -10,7 +10,6 @@ from torch import Tensor
 
 from draftopd.losses import liger
 from draftopd.losses.base import Normalization, Stream, StreamLoss
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.chunked import per_slot
 from draftopd.losses.weighting import (
     cross_entropy_gamma,
@@ -19,6 +18,7 @@ from draftopd.losses.weighting import (
     marginal_gain,
     reach,
 )
+from draftopd.replay.blocks import Blocks
 
 
 class CrossEntropy(StreamLoss):
@@ -49,7 +49,7 @@ class CrossEntropy(StreamLoss):
         if gamma is not None and not gamma > 0:
             raise ValueError(f"gamma must be above 0, found {gamma}.")
         self.gamma = gamma
-        self.teacher = "none"
+        self.scope = "none"
         # With both streams alike a slot weighs the same in either, so it does not matter which it is in.
         self.uses_proposals = (
             accept_until_fail or include_correction or normalization != "token" or accepted_weight != rejected_weight
@@ -62,11 +62,11 @@ class CrossEntropy(StreamLoss):
         return blocks.recorded & blocks.head.covers(blocks.labels)
 
     def values(self, blocks: Blocks, used: Tensor, stream: Stream) -> Tensor:
-        student, labels = blocks.student[used], blocks.labels[used]
+        draft_states, labels = blocks.draft_states[used], blocks.labels[used]
         rows = blocks.head.row_of(labels)
-        if liger.fits(student, blocks.head):
-            return liger.cross_entropy(student, blocks.head, rows)
-        return per_slot(_cross_entropy, student, blocks.head, rows)
+        if liger.fits(draft_states, blocks.head):
+            return liger.cross_entropy(draft_states, blocks.head, rows)
+        return per_slot(_cross_entropy, draft_states, blocks.head, rows)
 
 
 class _ByConfidence(CrossEntropy):
@@ -124,5 +124,5 @@ class Reach(_ByConfidence):
         return marginal_gain(confidence, used) if self.future else reach(confidence, used)
 
 
-def _cross_entropy(student_logits: Tensor, rows: Tensor) -> Tensor:
-    return F.cross_entropy(student_logits, rows, reduction="none")
+def _cross_entropy(draft_logits: Tensor, rows: Tensor) -> Tensor:
+    return F.cross_entropy(draft_logits, rows, reduction="none")

@@ -12,37 +12,37 @@ import torch
 from torch import Tensor
 
 
-def forward_kl(student_logits: Tensor, log_p: Tensor) -> Tensor:
+def forward_kl(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``KL(p || q)``: ``[n, vocab], [n, vocab] -> [n]``. The drafter must cover what the target does."""
-    log_q = student_logits.log_softmax(-1)
+    log_q = draft_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
-def reverse_kl(student_logits: Tensor, log_p: Tensor) -> Tensor:
+def reverse_kl(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``KL(q || p)``: ``[n, vocab], [n, vocab] -> [n]``. The drafter must avoid what the target does not."""
-    log_q = student_logits.log_softmax(-1)
+    log_q = draft_logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def jensen_shannon(student_logits: Tensor, log_p: Tensor, beta: float) -> Tensor:
+def jensen_shannon(draft_logits: Tensor, log_p: Tensor, beta: float) -> Tensor:
     """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q`` (GKD, arXiv 2306.13649).
 
     ``beta`` lies in (0, 1); near 0 it goes like the forward, near 1 like the reverse KL, each times a factor.
     """
-    log_q = student_logits.log_softmax(-1)
+    log_q = draft_logits.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     to_p = (log_p.exp() * (log_p - log_m)).sum(-1)
     return beta * to_p + (1 - beta) * (log_q.exp() * (log_q - log_m)).sum(-1)
 
 
-def overlap(student_logits: Tensor, log_p: Tensor) -> Tensor:
+def overlap(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``sum_v min(p, q)``: the probability that rejection sampling accepts: ``[n, vocab], [n, vocab] -> [n]``."""
-    return torch.minimum(log_p.exp(), student_logits.softmax(-1)).sum(-1)
+    return torch.minimum(log_p.exp(), draft_logits.softmax(-1)).sum(-1)
 
 
-def log_overlap(student_logits: Tensor, log_p: Tensor) -> Tensor:
+def log_overlap(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``log sum_v min(p, q)``, finite and with a gradient where the supports barely meet."""
-    return torch.minimum(log_p, student_logits.log_softmax(-1)).logsumexp(-1)
+    return torch.minimum(log_p, draft_logits.log_softmax(-1)).logsumexp(-1)
 
 
 def two_outcome_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -13,15 +13,15 @@ from draftopd.losses.divergence import forward_kl, jensen_shannon, reverse_kl
 class ForwardKL(SlotLoss):
     """``KL(p || q)`` on every slot."""
 
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return forward_kl(student_logits, teacher_logits)
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        return forward_kl(draft_logits, target_logits)
 
 
 class ReverseKL(SlotLoss):
     """``KL(q || p)`` on every slot."""
 
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return reverse_kl(student_logits, teacher_logits)
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        return reverse_kl(draft_logits, target_logits)
 
 
 class JSD(SlotLoss):
@@ -41,5 +41,5 @@ class JSD(SlotLoss):
             raise ValueError(f"beta must lie between 0 and 1, found {beta}: at the ends use forward_kl or reverse_kl.")
         self.beta = beta
 
-    def slot(self, student_logits: Tensor, teacher_logits: Tensor) -> Tensor:
-        return jensen_shannon(student_logits, teacher_logits, self.beta)
+    def slot(self, draft_logits: Tensor, target_logits: Tensor) -> Tensor:
+        return jensen_shannon(draft_logits, target_logits, self.beta)

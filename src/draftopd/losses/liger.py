@@ -11,7 +11,7 @@ from importlib.util import find_spec
 
 from torch import Tensor
 
-from draftopd.losses.blocks import Head
+from draftopd.targets.head import LMHead
 
 
 @cache
@@ -20,15 +20,15 @@ def installed() -> bool:
     return find_spec("liger_kernel") is not None and find_spec("triton") is not None
 
 
-def fits(student: Tensor, head: Head) -> bool:
+def fits(draft_states: Tensor, head: LMHead) -> bool:
     """Whether the fused kernel can take these states: it wants a frozen head, and at least one of them."""
-    return student.is_cuda and len(student) > 0 and installed() and not head.weight.requires_grad
+    return draft_states.is_cuda and len(draft_states) > 0 and installed() and not head.weight.requires_grad
 
 
-def cross_entropy(student: Tensor, head: Head, labels: Tensor) -> Tensor:
+def cross_entropy(draft_states: Tensor, head: LMHead, labels: Tensor) -> Tensor:
     """``-log q(label)`` a slot: ``[n, hidden], [n] -> [n]``; the head gets no gradient."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=head.softcap)
-    values: Tensor = fused(head.weight, student.to(head.weight.dtype), labels)
+    values: Tensor = fused(head.weight, draft_states.to(head.weight.dtype), labels)
     return values

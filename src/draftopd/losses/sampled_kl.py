@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from draftopd.losses.base import DistilledLoss, Stream
-from draftopd.losses.blocks import Blocks
 from draftopd.losses.divergence import k3, two_outcome_kl
+from draftopd.replay.blocks import Blocks
 
 
 class SampledKL(DistilledLoss):
@@ -52,11 +52,11 @@ class SampledKL(DistilledLoss):
             # An accepted proposal was emitted; at the correction slot the recorded token was (at temperature 0).
             tokens = torch.where(blocks.slots < blocks.accepted[:, None], blocks.proposals, blocks.labels)
 
-        def slot(student_logits: Tensor, teacher_log_probs: Tensor, row: Tensor) -> Tensor:
+        def slot(draft_logits: Tensor, target_log_probs: Tensor, row: Tensor) -> Tensor:
             log_p, log_q = (
                 log_probs.gather(-1, row[:, None])[:, 0].clamp_min(self.floor)
-                for log_probs in (teacher_log_probs, student_logits.log_softmax(-1))
+                for log_probs in (target_log_probs, draft_logits.log_softmax(-1))
             )
             return estimate(log_p, log_q).clamp_max(self.most)
 
-        return self.target.compare(slot, blocks, used, blocks.head.row_of(tokens))
+        return self.view.compare(slot, blocks, used, blocks.head.row_of(tokens))

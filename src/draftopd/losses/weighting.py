@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from draftopd import ranks
+from draftopd.distributed import ranks
 
 #: DFlash's decay constants by block size (arXiv 2602.06036).
 _CE_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}

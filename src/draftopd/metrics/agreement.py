@@ -8,8 +8,7 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
-from draftopd.losses.blocks import Blocks
-from draftopd.losses.chunked import CHUNK_ELEMENTS
+from draftopd.replay.blocks import Blocks
 
 
 class SlotAgreement(NamedTuple):
@@ -26,14 +25,13 @@ def slot_agreement(blocks: Blocks) -> SlotAgreement:
     Raises:
         ValueError: if the blocks were not scored by the target.
     """
-    if blocks.teacher is None:
-        raise ValueError("The blocks carry no teacher states: replay with teacher='proposals'.")
-    student, teacher = blocks.student.detach().flatten(0, 1), blocks.teacher.flatten(0, 1)
-    chunk = max(1, CHUNK_ELEMENTS // (blocks.teacher_head or blocks.head).weight.shape[0])
+    if blocks.target_states is None:
+        raise ValueError("The blocks carry none of the target's states: take them with scope 'proposals'.")
+    draft, target = blocks.draft_states.detach().flatten(0, 1), blocks.target_states.flatten(0, 1)
     parts = []
     with torch.no_grad():
-        for s, t in zip(student.split(chunk), teacher.split(chunk), strict=True):
-            log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.teacher_logits(t).log_softmax(-1)
+        for s, t in (blocks.target_head or blocks.head).chunks(draft, target):
+            log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.target_logits(t).log_softmax(-1)
             q, p = log_q.exp(), log_p.exp()
             shared = torch.minimum(blocks.head.restrict(p), q).sum(-1)
             parts.append(torch.stack([shared, -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))

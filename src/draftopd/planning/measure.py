@@ -15,9 +15,10 @@ from draftopd.drafters.base import Drafter
 from draftopd.losses.base import Loss
 from draftopd.metrics.agreement import slot_agreement
 from draftopd.planning.sizes import Attention
-from draftopd.replay import ReplayBatch, replay
-from draftopd.stopwatch import Stopwatch
+from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.replay import replay
 from draftopd.targets.target import Target
+from draftopd.training.stopwatch import Stopwatch
 
 _MARK = "moment:"
 
@@ -57,7 +58,7 @@ def step_peaks(
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), kernel:
             blocks = replay(
-                target, drafter, batch, Sampling(), frozenset(), teacher=loss.teacher, clock=marks,
+                target, drafter, batch, Sampling(), frozenset(), teacher=loss.scope, clock=marks,
                 measure=slot_agreement if measured else None,  # type: ignore[arg-type]
                 propose=loss.uses_proposals,
             )  # fmt: skip

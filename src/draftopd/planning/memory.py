@@ -10,7 +10,6 @@ from typing import NamedTuple
 
 from draftopd.losses.base import Loss
 from draftopd.losses.blend import Blend
-from draftopd.losses.chunked import CHUNK_ELEMENTS
 from draftopd.planning.activations import FLOAT, Kept, kept
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.rollout.walk import READ_TOKENS
@@ -110,7 +109,7 @@ def forward_work(t: TargetSize, rows: int, queries: int, keys: int, joined: bool
 
 
 def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
-    """The moments of a training step: :func:`draftopd.replay.replay`, the loss, its backward and the optimizer."""
+    """The moments of a training step: replay, the loss, its backward pass and the optimizer."""
     v, w, c = t.width_bytes, step.weight_bytes, step.compute_bytes
     recorded, blocks = step.batch * step.tokens, step.batch * step.anchors
     slots, places = blocks * (d.block - 1), blocks * d.block
@@ -127,15 +126,15 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
 
     moments, held = [], dict(trained)
     features, states = recorded * d.taps * t.hidden * v, recorded * t.hidden * v
-    if step.teacher != "none" or step.measured:
+    if step.scope != "none" or step.measured:
         held |= {"target cache": recorded * t.kv_elements * v, "target states": states}
     work = forward_work(t, step.batch, step.tokens, step.tokens)
     moments.append(Moment("read", held | {"features": features, "one target layer": max(work - states, features)}))
     held["features"] = features
     at_work = draft.forward - draft.output + max(draft.working, chosen)
     moments.append(Moment("draft", held | drafter | {"drafter at work": at_work}))
-    teacher = slots * t.hidden * v
-    if step.teacher == "proposals" or step.measured:
+    along = slots * t.hidden * v
+    if step.scope == "proposals" or step.measured:
         queries = min(step.anchors, max(1, MAX_BLOCK_QUERIES // d.block)) * d.block
         keys = step.tokens + queries
         work = forward_work(t, step.batch, queries, keys, joined=True)
@@ -148,12 +147,12 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
         }
         moments.append(Moment("score", held | drafter | scored))
     if step.measured:
-        some = max(1, CHUNK_ELEMENTS // t.vocab)
+        some = max(1, step.chunk_elements // t.vocab)
         compared = AGREEMENT_COPIES[slots > some] * min(slots, some) * t.vocab * FLOAT
-        scored = {"scored states": 2 * teacher + draft.output}
+        scored = {"scored states": 2 * along + draft.output}
         moments.append(Moment("measure", held | drafter | scored | {"logits of a chunk": compared}))
     # What is used of both sides' states, and the gradient of the drafter's, in parts and joined.
-    aims = 0.0 if step.teacher == "none" else teacher
+    aims = 0.0 if step.scope == "none" else along
     used = {"states used by the loss": 2 * aims + 3 * draft.output}
     copies = {"logits of a chunk": step.loss_copies * chunk * FLOAT}
     moments.append(Moment("loss", trained | drafter | used | copies))

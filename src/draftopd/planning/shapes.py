@@ -8,12 +8,12 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 
 from draftopd.errors import TargetError
+from draftopd.io.hub import local_only, resolve, unavailable
 from draftopd.planning.sizes import TargetSize
-from draftopd.targets.hub import local_only, resolve, unavailable
 from draftopd.targets.target import Target
 
 #: Shapes of the configured targets, for where neither a directory nor the hub gives them.
-KNOWN = Path(__file__).parent.parent / "assets" / "shapes"
+KNOWN = Path(__file__).parent / "known_shapes"
 
 
 def shape_of(path: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, str]:

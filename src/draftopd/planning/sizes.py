@@ -11,8 +11,8 @@ from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.errors import DrafterError
-from draftopd.losses.base import TeacherScope
-from draftopd.losses.chunked import CHUNK_ELEMENTS
+from draftopd.replay.blocks import Scope
+from draftopd.targets.head import CHUNK_ELEMENTS
 from draftopd.targets.target import Target
 
 #: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
@@ -133,7 +133,7 @@ class Step:
         batch, tokens, anchors: sequences, tokens of each with padding, anchors replayed in each.
         weight_bytes: of the drafter's weights, gradients and optimizer states.
         compute_bytes: of what autocast computes in; the same where there is none.
-        teacher: what of the target the loss needs.
+        scope: what of the target the loss needs.
         loss_copies: logits-sized tensors in float32 that the loss holds at once for a chunk.
         chunk_elements: logits of a chunk.
         prompt: tokens before the first anchor.
@@ -145,7 +145,7 @@ class Step:
     anchors: int
     weight_bytes: int = 4
     compute_bytes: int = 4
-    teacher: TeacherScope = "proposals"
+    scope: Scope = "proposals"
     loss_copies: int = 7
     chunk_elements: int = CHUNK_ELEMENTS
     checkpointing: bool = False

@@ -105,16 +105,16 @@ def training_step(
     c, v = step.compute_bytes, t.width_bytes
     head, whole = 2 * (d.own_head or t.vocab) * d.hidden, 2 * t.vocab * t.hidden
     logged = 1 / every if step.measured else 0.0
-    features_only = step.teacher == "none"
+    features_only = step.scope == "none"
     depth = min(t.layers, d.last_tap + 1) if features_only else None
     chunks = -(-step.anchors // max(1, MAX_BLOCK_QUERIES // d.block))
-    scoring = 1.0 if step.teacher == "proposals" else logged
+    scoring = 1.0 if step.scope == "proposals" else logged
     score = target_forward(t, blocks * d.block, step.tokens + MAX_BLOCK_QUERIES, sharing, forwards=chunks)
     score += counted(slots * whole, v)
     forward = drafter_forward(d, recorded, blocks, step.tokens, c)
     passes = 4 if step.checkpointing else 3  # backward: as much again for states, and for weights
     loss = head * (2 if not d.own_head else 4)  # forward and states' gradient; recomputed, and weights'
-    loss += 0 if step.teacher == "none" else whole
+    loss += 0 if step.scope == "none" else whole
     return {
         "target reads": target_forward(t, recorded, step.tokens, sharing, depth),
         "target scores": score * scoring,

@@ -20,8 +20,8 @@ from types import TracebackType
 from safetensors import SafetensorError
 
 from draftopd.errors import BufferError, FileError
-from draftopd.files import checksum, inside, read_json, sync, write_json, writing
-from draftopd.json_text import shown, whole
+from draftopd.io.files import checksum, inside, read_json, sync, write_json, writing
+from draftopd.io.json_text import shown, whole
 from draftopd.rollout.shards import Shard, write_shard
 
 FORMAT = 3

@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.losses.chunked import CHUNK_ELEMENTS
 from draftopd.targets.target import Target
 
 if TYPE_CHECKING:
-    from draftopd.rollout.trajectories import Trajectory
+    from draftopd.rollout.request import Trajectory
 
 #: How far below the best token's logit another engine's greedy choice may lie: rounding in low precision
 #: decides near ties differently.
@@ -61,7 +60,6 @@ def _every_token(
     target: Target, texts: Sequence[Trajectory], fn: Callable[[Tensor, Tensor], Tensor], batch_size: int
 ) -> Iterator[Tensor]:
     """``fn(logits [n, vocab], tokens [n]) -> [n]`` along every response, in chunks of the vocabulary's size."""
-    chunk = max(1, CHUNK_ELEMENTS // target.vocab_size)
     for begin in range(0, len(texts), batch_size):
         batch = texts[begin : begin + batch_size]
         rows = [torch.tensor([*t.prompt, *t.response], device=target.device) for t in batch]
@@ -69,5 +67,5 @@ def _every_token(
         hidden = target.read(ids, target.new_cache(ids.shape[1])).hidden
         for states, row, text in zip(hidden, rows, batch, strict=True):
             start = len(text.prompt)
-            places = zip(states[start - 1 : len(row) - 1].split(chunk), row[start:].split(chunk), strict=True)
-            yield torch.cat([fn(target.head.logits(part), tokens) for part, tokens in places])
+            parts = target.head.chunks(states[start - 1 : len(row) - 1], row[start:])
+            yield torch.cat([fn(target.head.logits(part), tokens) for part, tokens in parts])

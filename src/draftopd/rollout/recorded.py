@@ -11,9 +11,10 @@ from typing import Any
 
 from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
-from draftopd.json_text import MAX_LINE, listed, parse_json, shown
-from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Request, Trajectories, Trajectory
-from draftopd.targets.hub import limit_waiting
+from draftopd.io.hub import limit_waiting
+from draftopd.io.json_text import MAX_LINE, listed, parse_json, shown
+from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Trajectories
 
 
 class RecordedTrajectories(Trajectories):

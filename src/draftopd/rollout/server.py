@@ -10,9 +10,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Literal
 
-from draftopd.connection import Address, Line
 from draftopd.errors import ServerError
+from draftopd.io.connection import Address, Line
 from draftopd.rollout.origin import foreign_tokens
+from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.server_answers import (
     AnswerError,
     Unproven,
@@ -23,7 +24,7 @@ from draftopd.rollout.server_answers import (
     from_token_ids,
     generate_body,
 )
-from draftopd.rollout.trajectories import GeneratedTrajectories, Request, Trajectory
+from draftopd.rollout.trajectories import GeneratedTrajectories
 
 Api = Literal["token_ids", "text", "sglang_generate"]
 

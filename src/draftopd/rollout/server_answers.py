@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, Protocol
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.json_text import is_text
-from draftopd.rollout.trajectories import Request, Trajectory
+from draftopd.io.json_text import is_text
+from draftopd.rollout.request import Request, Trajectory
 
 #: What a request leaves out a server takes from the model's generation config; Qwen3's has a top_k of 20.
 _NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}

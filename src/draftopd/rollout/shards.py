@@ -10,7 +10,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from draftopd.files import replaced
+from draftopd.io.files import replaced
 
 #: Of the layout of a shard; kept in its metadata.
 FORMAT = "1"

@@ -9,70 +9,23 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from pydantic import PositiveInt
-from transformers import PreTrainedTokenizerBase
 
-from draftopd import ranks
 from draftopd.decoding.generate import Decoder
-from draftopd.decoding.sampling import Sampling
-from draftopd.drafters.base import Drafter
+from draftopd.distributed import ranks
 from draftopd.errors import PromptError
 from draftopd.rollout.origin import excess_surprise, foreign_tokens
-from draftopd.rollout.trajectory_store import TrajectoryStore
-from draftopd.targets.target import Target
+from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.store import TrajectoryStore
 
 #: Texts looked at, and the share of their tokens that may differ: low precision decides near ties otherwise.
 ORIGIN_SAMPLE = 16
 MOST_FOREIGN = 0.05
 #: Nats by which tokens drawn above temperature 0 may surprise the target more than its own would, on average.
 MOST_SURPRISE = 0.5
-
-
-class Trajectory(NamedTuple):
-    """Token ids of one prompt and of the target's response, its stop token included."""
-
-    prompt: list[int]
-    response: list[int]
-
-    @classmethod
-    def ended(cls, prompt: list[int], response: list[int], request: Request) -> Trajectory:
-        """The text up to the response's first stop token, or the limit."""
-        end = next((i for i, token in enumerate(response) if token in request.stop), len(response) - 1) + 1
-        return cls(prompt, response[: min(end, request.max_new_tokens)])
-
-
-@dataclass(frozen=True)
-class Request:
-    """What a refresh asks for: the texts of one stretch of prompts.
-
-    Args:
-        target, drafter, tokenizer: as they are now; no drafter before there is one.
-        prompts: gives the stretch's prompts as token ids.
-        places: the stretch in the endless stream of prompts; in distributed runs each rank asks for its share.
-        stop: token ids that end a response.
-        sampling: how responses are drawn.
-        max_new_tokens: response limit.
-        max_prompt_tokens: longer prompts are left out.
-        seed: of the draws.
-        progress: told how many texts and tokens were produced.
-    """
-
-    target: Target
-    drafter: Drafter | None
-    tokenizer: PreTrainedTokenizerBase
-    prompts: Callable[[], list[list[int]]]
-    places: range
-    stop: frozenset[int]
-    sampling: Sampling
-    max_new_tokens: int
-    max_prompt_tokens: int
-    seed: int
-    progress: Callable[[int, int], None] = lambda texts, tokens: None
 
 
 class Trajectories(ABC):

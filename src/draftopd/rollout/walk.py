@@ -26,8 +26,7 @@ from draftopd.decoding.coupling import couple
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification, accepted_prefix
 from draftopd.drafters.base import Chooser, Drafter
-from draftopd.losses.chunked import CHUNK_ELEMENTS, best_tokens
-from draftopd.targets.head import LMHead
+from draftopd.targets.head import LMHead, best_tokens
 from draftopd.targets.target import Target
 
 #: Tokens the target reads at once: enough to fill its matrices, few enough to stay in fast memory.
@@ -215,7 +214,7 @@ class _CoupledChoice:
         luck, agreed = self.luck[..., part, :].flatten(0, 1), self.agreed.flatten()
         drafted = hidden.flatten(0, 1)
         tokens = torch.empty_like(labels)
-        chunk = max(1, CHUNK_ELEMENTS // (self.target_head.weight.shape[0] * n))
+        chunk = self.target_head.rows_at_once(n)
         for begin in range(0, len(labels), chunk):
             few = slice(begin, begin + chunk)
             q = self.sampling.probabilities(self.head.target_logits(drafted[few]))

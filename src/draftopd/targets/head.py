@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import Tensor, nn
+
+#: Logits held at once, in elements (float32): 32 MiB per copy, half of which fits into the caches of a CPU.
+CHUNK_ELEMENTS = 2**23
+#: The same on a GPU, as a multiple: every chunk reads the whole head again.
+GPU_CHUNKS = 8
 
 
 class LMHead:
@@ -29,6 +36,16 @@ class LMHead:
         """``[..., hidden] -> [..., size]`` in float32."""
         logits = torch.nn.functional.linear(hidden.to(self.weight.dtype), self.weight).float()
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+
+    def rows_at_once(self, per_row: int = 1) -> int:
+        """How many rows of ``per_row`` states each to turn into logits at once, so that memory stays bounded."""
+        factor = GPU_CHUNKS if self.weight.is_cuda else 1
+        return max(1, factor * CHUNK_ELEMENTS // (self.weight.shape[0] * per_row))
+
+    def chunks(self, *tensors: Tensor, per_row: int = 1) -> Iterator[tuple[Tensor, ...]]:
+        """The tensors ``[n, ...]`` side by side, :meth:`rows_at_once` rows at a time."""
+        size = self.rows_at_once(per_row)
+        return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
     def target_logits(self, hidden: Tensor) -> Tensor:
         """``[..., hidden] -> [..., vocab]`` over the target's whole vocabulary, ``-inf`` at tokens without a row."""
@@ -74,3 +91,10 @@ class Vocabulary:
         whole = logits.new_full((*logits.shape[:-1], len(self.inside)), -torch.inf)
         whole[..., self.ids] = logits
         return whole
+
+
+@torch.no_grad()
+def best_tokens(hidden: Tensor, head: LMHead) -> Tensor:
+    """The head's most likely token ``[...]`` at every state ``[..., hidden]``, in chunks."""
+    flat = hidden.detach().flatten(0, -2)
+    return torch.cat([head.best_tokens(part) for (part,) in head.chunks(flat)]).view(hidden.shape[:-1])

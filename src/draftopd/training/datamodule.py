@@ -1,0 +1,160 @@
+"""Replay batches from the anchor buffer, validation prompts, and the prompts to roll out."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sized
+from pathlib import Path
+from typing import Any, Literal
+
+import lightning as L
+from pydantic import NonNegativeInt, PositiveInt
+from torch.utils.data import DataLoader
+from transformers import PreTrainedTokenizerBase
+
+from draftopd.data.prompts import PromptEncoder, PromptSource
+from draftopd.errors import ConfigError, PromptError
+from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
+from draftopd.training.loader import Renew, ReplayDataset, ReplayLoader, ReplaySampler
+
+log = logging.getLogger(__name__)
+
+
+class ReplayDataModule(L.LightningDataModule):
+    """Serves replay batches for training and held-out prompts for validation and the test after it.
+
+    Args:
+        train_prompts: prompts to roll out.
+        validation_prompts: held-out prompts, decoded to measure tau.
+        prompts_per_refresh: prompts rolled out for one generation of the buffer.
+        validation_count: held-out prompts decoded at each validation.
+        batch_size: recorded sequences a batch.
+        anchors: which anchors are replayed.
+        anchors_per_sequence: at most so many of one sequence; None takes all.
+        batches_per_epoch: default once through the generation.
+        validation_batch_size: prompts decoded together, in validation and test.
+        thinking: the chat template's thinking mode.
+        max_prompt_tokens: longer prompts are left out.
+        seed: of order and random anchors.
+        test_prompts: held-out prompts of which nothing is chosen, decoded once, after training.
+        test_count: how many; 0 tests nothing.
+        pack_to: put several of a batch's sequences in a row, up to so many tokens a row, so that less of the batch is
+            padding; each sees itself only. None gives each a row of its own.
+
+    Raises:
+        ValueError: if ``pack_to`` is less than 1, or prompts are to be tested and there are none.
+    """
+
+    def __init__(
+        self,
+        train_prompts: PromptSource,
+        validation_prompts: PromptSource,
+        prompts_per_refresh: PositiveInt,
+        validation_count: PositiveInt,
+        batch_size: PositiveInt = 16,
+        anchors: AnchorChoice = "visited",
+        anchors_per_sequence: PositiveInt | None = 64,
+        batches_per_epoch: PositiveInt | None = None,
+        validation_batch_size: PositiveInt = 64,
+        thinking: bool = True,
+        max_prompt_tokens: PositiveInt = 512,
+        seed: int = 0,
+        pack_to: int | None = None,
+        test_prompts: PromptSource | None = None,
+        test_count: NonNegativeInt = 0,
+    ) -> None:
+        super().__init__()
+        if test_count and test_prompts is None:
+            raise ValueError(f"data.test_count={test_count} needs data.test_prompts; 0 tests nothing.")
+        self.test_count = test_count
+        if pack_to is not None and pack_to < 1:
+            raise ValueError(f"pack_to must be 1 or more tokens a row, or null, found {pack_to}.")
+        self.pack_to = pack_to
+        self.sources = {"train": train_prompts, "validation": validation_prompts}
+        if test_prompts is not None:
+            self.sources["test"] = test_prompts
+        self.prompts_per_refresh, self.validation_count = prompts_per_refresh, validation_count
+        self.batch_size, self.validation_batch_size = batch_size, validation_batch_size
+        self.anchors: AnchorChoice = anchors
+        self.anchors_per_sequence = anchors_per_sequence
+        self.batches_per_epoch = batches_per_epoch
+        self.thinking, self.max_prompt_tokens, self.seed = thinking, max_prompt_tokens, seed
+        self.buffer_root: Path | None = None
+        self.encoder: PromptEncoder | None = None
+        self.slots = 0
+        #: See :class:`ReplayLoader`; set by the refresh callback where anchors are renewed within an epoch.
+        self.renew: Renew | None = None
+        self.renew_every = 0
+        self._loader: ReplayLoader | None = None
+        self._restored: dict[str, Any] = {}
+
+    def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int = 0) -> None:
+        """Give it the target's tokenizer and the run's buffer directory; before fitting also the proposals a block."""
+        self.encoder = PromptEncoder(tokenizer, self.thinking, self.max_prompt_tokens)
+        self.buffer_root, self.slots = buffer_root, slots
+
+    def stretch(self, refresh: int, rank: int = 0, ranks: int = 1) -> range:
+        """A rank's places in the stream of prompts at the ``refresh``-th refresh; each takes the next stretch."""
+        count = self.prompts_per_refresh
+        return range(refresh * count + rank, (refresh + 1) * count, ranks)
+
+    def prompts(self, places: range) -> list[list[int]]:
+        """The token ids of the training prompts at these places, too long ones left out."""
+        assert self.encoder is not None
+        return self.encoder.take(self.sources["train"], places)
+
+    def train_dataloader(self) -> ReplayLoader:
+        assert self.encoder is not None and self.buffer_root is not None
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        if self.prompts_per_refresh < ranks:
+            raise ConfigError(
+                f"data.prompts_per_refresh={self.prompts_per_refresh} is too few for {ranks} processes: each needs one."
+            )
+        batches = self.batches_per_epoch or max(1, self.prompts_per_refresh // (self.batch_size * ranks))
+        sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
+        pad = self.encoder.tokenizer.pad_token_id or 0
+        dataset = ReplayDataset(self.buffer_root)
+        self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
+        if self._restored:
+            self._loader.load_state_dict(self._restored)
+            self._restored = {}
+        return self._loader
+
+    # Lightning restores the loader's state by itself only if nothing asked for the loader before; the optimizer's
+    # schedule does, to know the number of steps.
+    def state_dict(self) -> dict[str, Any]:
+        return self._loader.state_dict() if self._loader else {}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._restored = state_dict
+
+    @property
+    def policy(self) -> AnchorPolicy:
+        """Which anchors are replayed; known once the drafter is."""
+        return AnchorPolicy(self.anchors, self.anchors_per_sequence, self.slots)
+
+    def val_dataloader(self) -> DataLoader[list[int]]:
+        return self._decoded([prompt for _, prompt in self._share("validation", self.validation_count)])
+
+    def test_dataloader(self) -> DataLoader[tuple[int, list[int]]]:
+        return self._decoded(self._share("test", self.test_count))
+
+    def _share(self, source: Literal["validation", "test"], count: int) -> list[tuple[int, list[int]]]:
+        """This rank's part of the first prompts of a source, and their places among them."""
+        assert self.encoder is not None
+        ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
+        there = self.sources[source]
+        if isinstance(there, Sized) and count > len(there):
+            log.warning("data.%s_count=%d, but there are %d: each is decoded once.", source, count, len(there))
+            count = len(there)
+        prompts = self.encoder.take(there, range(count))
+        if len(prompts) < ranks:
+            # A rank without any would pass by the sums over ranks.
+            raise PromptError(
+                f"{len(prompts)} {source} prompts (data.{source}_count={count}, those of more than "
+                f"{self.max_prompt_tokens} tokens left out) are too few for {ranks} processes: each needs one."
+            )
+        return list(enumerate(prompts))[rank::ranks]
+
+    def _decoded(self, prompts: list[Any]) -> DataLoader[Any]:
+        return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]

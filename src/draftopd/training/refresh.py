@@ -1,0 +1,159 @@
+"""Rolls out with the current drafter and fills the anchor buffer."""
+
+from __future__ import annotations
+
+import logging
+from contextlib import nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, cast
+
+import lightning as L
+
+from draftopd.distributed.interruption import ends_at_once
+from draftopd.errors import BufferError
+from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
+from draftopd.rollout.request import Request
+from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout
+from draftopd.training.datamodule import ReplayDataModule
+from draftopd.training.module import DraftModule
+from draftopd.training.progress import rollout_progress
+
+log = logging.getLogger(__name__)
+
+
+class RefreshAnchors(L.Callback):
+    """Refresh the anchor buffer at the start of an epoch, and renew anchors within it.
+
+    Args:
+        rollout: gives recorded sequences for prompts.
+        root: the buffer's directory.
+        every_n_epochs: new prompts and anchors each so many epochs; 0 rolls out once, before the first.
+        every_n_steps: between refreshes, the sequences of the next so many steps get the anchors of the drafter
+            as it then is; None leaves them as they are. Needs a rollout that finds anchors without decoding.
+        seed: of the rollout.
+        show_progress: draw a progress bar.
+    """
+
+    def __init__(
+        self,
+        rollout: Rollout,
+        root: Path,
+        every_n_epochs: int = 1,
+        every_n_steps: int | None = None,
+        seed: int = 0,
+        show_progress: bool = True,
+    ) -> None:
+        self.rollout, self.root = rollout, Path(root)
+        self.every_n_epochs, self.every_n_steps, self.seed = every_n_epochs, every_n_steps, seed
+        self.show_progress = show_progress
+        #: Generation now replayed, and the step of the drafter that made it; in checkpoints too.
+        self.made: tuple[int, int] | None = None
+
+    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
+        if self.every_n_steps is None:
+            return
+        data = _data(trainer)
+        data.renew = lambda records: self.renew(trainer, cast(DraftModule, pl_module), records)
+        data.renew_every = self.every_n_steps * trainer.accumulate_grad_batches
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"made": self.made and list(self.made)}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.made = state_dict["made"] and tuple(state_dict["made"])
+
+    def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        # An epoch that goes on in its middle does not start again.
+        if trainer.fit_loop.restarted_mid_epoch:
+            self._provide(trainer, cast(DraftModule, pl_module), due=False)
+
+    def on_train_epoch_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
+        epoch = trainer.current_epoch
+        due = epoch % self.every_n_epochs == 0 if self.every_n_epochs else epoch == 0
+        self._provide(trainer, cast(DraftModule, pl_module), due)
+
+    def _provide(self, trainer: L.Trainer, module: DraftModule, due: bool) -> None:
+        """See that this epoch's generation is there: roll out what is due, missing or damaged.
+
+        A generation that is not due was made by an earlier drafter. Where it must be made again, the present one
+        makes it: on policy, but not what was lost.
+        """
+        epoch, step = trainer.current_epoch, trainer.global_step
+        generation = epoch // self.every_n_epochs if self.every_n_epochs else 0
+        made: tuple[int, int | None] = (generation, step)
+        if not due:
+            made = self.made if self.made and self.made[0] == generation else (generation, None)
+        stands, problem = self._stands(*made)
+        if not trainer.strategy.reduce_boolean_decision(stands):
+            if problem and trainer.is_global_zero:
+                log.warning("%s This run does so now.", problem)
+            if not due and made[1] != step and trainer.is_global_zero:
+                log.warning("This epoch's rollout was an earlier drafter's: the one of step %d makes it anew.", step)
+            self.refresh(trainer, module, generation)
+            self.made = (generation, step)
+        elif due:
+            self.made = (generation, step)
+
+    def refresh(self, trainer: L.Trainer, module: DraftModule, generation: int) -> None:
+        """Roll out the next stretch of prompts into a new generation."""
+        data = _data(trainer)
+        assert data.encoder is not None
+        places = data.stretch(generation, trainer.global_rank, trainer.world_size)
+        writer = BufferWriter(
+            self.root, generation, trainer.global_step, rank=trainer.global_rank, barrier=trainer.strategy.barrier
+        )
+        shown = self.show_progress and trainer.is_global_zero
+        with (
+            ends_at_once(),
+            module.drafting(),
+            module.clock("rollout"),
+            writer,
+            rollout_progress(len(places)) if shown else nullcontext(lambda texts, tokens: None) as progress,
+            module.decoding(),
+        ):
+            request = Request(
+                module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(places), places,
+                module.stop, self.rollout.sampling, self.rollout.max_new_tokens, data.max_prompt_tokens,
+                self.seed * 1_000_003 + generation, progress,
+            )  # fmt: skip
+            for batch in self.rollout.collect(request):
+                writer.add(batch)
+        manifest = AnchorBuffer.latest(self.root).manifest
+        figures: dict[str, float] = {"sequences": manifest.sequences, "tokens": manifest.tokens}
+        if manifest.blocks:
+            figures |= {"tau": manifest.tau, "anchors": manifest.blocks}
+        figures |= {name.replace(", ", "/").replace(" ", "_"): count for name, count in self.rollout.counts().items()}
+        if trainer.logger:
+            logged = {f"rollout/{name}": float(value) for name, value in figures.items()}
+            trainer.logger.log_metrics(logged, step=trainer.global_step)
+
+    def renew(self, trainer: L.Trainer, module: DraftModule, records: list[Recorded]) -> list[Recorded]:
+        """The same records with the anchors of the drafter as it now is."""
+        step = trainer.global_step
+        if all(record.step == step for record in records):
+            return records
+        assert isinstance(self.rollout, DecodeFreeRollout)
+        with module.drafting(), module.clock("walk"), module.decoding():
+            seed = (self.seed * 1_000_003 + step) * 1_009 + trainer.global_rank
+            return [
+                replace(record, step=step)
+                for record in self.rollout.anchored(module.target, module.drafter, records, seed)
+            ]
+
+    def _stands(self, generation: int, step: int | None) -> tuple[bool, str]:
+        """Whether the buffer is just this generation, rolled out by just this drafter; else what is wrong with it.
+
+        A buffer that is absent, or another rollout's, is not wrong. None stands for any drafter.
+        """
+        try:
+            manifest = AnchorBuffer.latest(self.root).manifest
+        except BufferError as error:
+            return False, str(error) if any(self.root.glob("generation-*")) else ""
+        return manifest.generation == generation and step in (None, manifest.step), ""
+
+
+def _data(trainer: L.Trainer) -> ReplayDataModule:
+    data = trainer.datamodule  # type: ignore[attr-defined]
+    assert isinstance(data, ReplayDataModule)
+    return data

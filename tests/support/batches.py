@@ -1,0 +1,29 @@
+"""Decoded texts and the replay batches made of them."""
+
+from __future__ import annotations
+
+import torch
+
+from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.drafters.base import Drafter
+from draftopd.replay.batch import ReplayBatch
+from draftopd.targets.target import Target
+
+
+def decode(target: Target, drafter: Drafter, count: int = 6) -> list[Decoded]:
+    generator = torch.Generator().manual_seed(1)
+    prompts = [torch.randint(0, 60, (4 + i,), generator=generator).tolist() for i in range(count)]
+    return Decoder(target, drafter, max_new_tokens=30).decode_batch(prompts)
+
+
+def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
+    width = max(len(d.tokens) for d in decoded)
+    count = max(len(d.anchors[:blocks]) for d in decoded)
+    ids = torch.full((len(decoded), width), 7)  # padding is an ordinary token: it must not show
+    anchors, mask = torch.zeros(len(decoded), count, dtype=torch.long), torch.zeros(len(decoded), count).bool()
+    for row, d in enumerate(decoded):
+        ids[row, : len(d.tokens)] = torch.tensor(d.tokens)
+        anchors[row, : len(d.anchors[:blocks])] = torch.tensor(d.anchors[:blocks])
+        mask[row, : len(d.anchors[:blocks])] = True
+    starts, lengths = (torch.tensor(x) for x in zip(*((len(d.prompt), len(d.tokens)) for d in decoded), strict=True))
+    return ReplayBatch(ids, starts, lengths, anchors, mask, torch.zeros(len(decoded), dtype=torch.long))

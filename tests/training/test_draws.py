@@ -1,0 +1,44 @@
+"""Draws of training above temperature 0: no micro-batch, step or process repeats another's."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from tests.support.fitting import batches, fit
+from tests.support.models import MakeDrafter
+
+from draftopd.decoding.sampling import Sampling
+from draftopd.distributed import ranks
+from draftopd.losses.kl import ForwardKL
+from draftopd.targets.target import Target
+from draftopd.training.module import DraftModule
+
+
+def test_no_micro_batch_repeats_another(
+    target: Target, make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module = DraftModule(target, make_drafter(target), ForwardKL(), Sampling(1.0), frozenset())
+    real, drawn = module._generator, []
+
+    def generator() -> torch.Generator | None:
+        made = real()
+        assert made is not None
+        drawn.append(torch.rand(1, generator=made.clone_state()).item())
+        return made
+
+    monkeypatch.setattr(module, "_generator", generator)
+    fit(module, batches(module, 6), tmp_path, accumulate_grad_batches=3)
+    assert len(set(drawn)) == 6
+
+
+def test_each_process_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ranks.own(7) == 7
+    monkeypatch.setattr(ranks, "count", lambda: 3)
+    found = []
+    for rank in range(3):
+        monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+        found.append(ranks.own(7))
+    assert found[0] == 7 and len({seed % 2**32 for seed in found}) == 3  # torch's generator takes 32 bits
