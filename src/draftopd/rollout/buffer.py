@@ -18,7 +18,9 @@ from pathlib import Path
 from types import TracebackType
 
 from safetensors import SafetensorError
+from typing_extensions import Self
 
+from draftopd.decoding.generate import Decoded
 from draftopd.errors import BufferError, FileError
 from draftopd.io.files import checksum, inside, read_json, sync, write_json, writing
 from draftopd.io.json_text import shown, whole
@@ -41,6 +43,11 @@ class Recorded:
     accepted: list[int]
     emitted: list[int]
     step: int | None = None
+
+    @classmethod
+    def of(cls, decoded: Decoded) -> Self:
+        """A decoded text with the blocks that it was drafted in."""
+        return cls(decoded.tokens, len(decoded.prompt), decoded.anchors, decoded.accepted, decoded.emitted)
 
 
 @dataclass(frozen=True)
