@@ -17,8 +17,9 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from draftopd.cli.check import check
-from draftopd.cli.training import check_refresh
+from draftopd.cli.training import check_rollout
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.targets.target import Target
 from tests.support.models import small_model
 from tests.support.paths import ROOT
@@ -135,7 +136,7 @@ def test_every_job_of_an_ablation_composes(path: Path, monkeypatch: pytest.Monke
                 del config.hydra
                 check(known(config))
                 config = OmegaConf.create(known(config))
-                check_refresh(config, instantiate(config.rollout))
+                check_rollout(config, instantiate(config.rollout))
 
 
 def test_links_of_files_outside_the_site() -> None:
@@ -170,7 +171,7 @@ def test_the_drafter_of_the_page(tmp_path: Path) -> None:
     target = Target(small_model("qwen3"))
     drafter = kind.build(target, None, block_size=4)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
-    plain, drafted = (Decoder(target, d, max_new_tokens=16).decode_batch(prompts) for d in (None, drafter))
+    plain, drafted = (Decoder(target, d, Rules(max_new_tokens=16)).decode_batch(prompts) for d in (None, drafter))
     assert [d.response for d in drafted] == [d.response for d in plain]
 
     target.tap(drafter.target_layer_ids)

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from tests.support.fitting import batches, fit
 from tests.support.models import MakeDrafter
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed import ranks
 from draftopd.losses.kl import ForwardKL
@@ -20,7 +21,7 @@ from draftopd.training.module import DraftModule
 def test_no_micro_batch_repeats_another(
     target: Target, make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = DraftModule(target, make_drafter(target), ForwardKL(), Sampling(1.0), frozenset())
+    module = DraftModule(target, make_drafter(target), ForwardKL(), Rules(Sampling(1.0)))
     real, drawn = module._generator, []
 
     def generator() -> torch.Generator | None:
