@@ -12,7 +12,8 @@ from tests.support.models import MakeDrafter
 
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed import ranks
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.targets.target import Target
 from draftopd.training.module import DraftModule
 
@@ -20,7 +21,7 @@ from draftopd.training.module import DraftModule
 def test_no_micro_batch_repeats_another(
     target: Target, make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = DraftModule(target, make_drafter(target), ForwardKL(), Sampling(1.0), frozenset())
+    module = DraftModule(target, make_drafter(target), Distilled(accepted=forward_kl), Sampling(1.0), frozenset())
     real, drawn = module._generator, []
 
     def generator() -> torch.Generator | None:
