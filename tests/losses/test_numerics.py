@@ -51,23 +51,14 @@ EXCLUDING = {
 OPTIONS: list[dict[str, Any]] = [{}, {"target_top_k": 1}, {"target_top_k": 4}, {"target_temperature": 0.1}]
 
 
-class Given:
+class Given(LMHead):
     """A head whose states are the logits themselves, -inf included."""
 
-    softcap = None
-    weight = torch.eye(VOCAB)
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(VOCAB, VOCAB, bias=False).requires_grad_(False))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.float()
-
-    def restrict(self, log_probs: Tensor) -> Tensor:
-        return log_probs
-
-    def covers(self, tokens: Tensor) -> Tensor:
-        return torch.ones_like(tokens, dtype=torch.bool)
-
-    def row_of(self, tokens: Tensor) -> Tensor:
-        return tokens
 
 
 #: Logits of one kind, or the sum of a kind and a share of another: names and share.

@@ -103,7 +103,7 @@ def total_variation(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     return 1 - overlap(draft_logits, log_p)
 
 
-@divergence(logit_copies=7, renormalize=False)
+@divergence(logit_copies=6, renormalize=False)
 def neg_log_acceptance(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``-log sum_v min(p, q)``: ``[n, vocab], [n, vocab] -> [n]`` (LK losses, arXiv 2602.23881)."""
     return -log_overlap(draft_logits, log_p)
