@@ -27,13 +27,13 @@ from torch import Tensor, nn
 
 from draftopd.losses import liger
 from draftopd.losses.cross_entropy import CrossEntropy
+from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, reverse_kl
-from draftopd.losses.kl import ForwardKL, ReverseKL
 from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
 RESULTS = Path(__file__).parent / "results" / "loss.json"
-LOSSES = {"forward_kl": (ForwardKL, forward_kl), "reverse_kl": (ReverseKL, reverse_kl), "cross_entropy": (None, None)}
+LOSSES = {"forward_kl": forward_kl, "reverse_kl": reverse_kl, "cross_entropy": None}
 WAYS = ("chunked", "naive", "liger")
 SLOTS = 8
 
@@ -60,7 +60,7 @@ def blocks_of(options: argparse.Namespace) -> Blocks:
 def step_of(options: argparse.Namespace, blocks: Blocks) -> Callable[[], Tensor]:
     """Computes the loss; its caller takes the gradient."""
     if options.way != "naive":
-        loss = CrossEntropy(gamma=1e9) if options.loss == "cross_entropy" else LOSSES[options.loss][0]()
+        loss = CrossEntropy(gamma=1e9) if options.loss == "cross_entropy" else Distilled(accepted=LOSSES[options.loss])
 
         def of_package() -> Tensor:
             # The package takes liger's wherever it fits; the chunked one is measured by refusing it.
@@ -73,7 +73,7 @@ def step_of(options: argparse.Namespace, blocks: Blocks) -> Callable[[], Tensor]
         return lambda: nn.functional.cross_entropy(
             head.logits(blocks.draft_states).flatten(0, 1), blocks.labels.flatten()
         )
-    divergence = LOSSES[options.loss][1]
+    divergence = LOSSES[options.loss]
     teacher = blocks.target_states.flatten(0, 1)
     return lambda: divergence(
         head.logits(blocks.draft_states).flatten(0, 1), head.logits(teacher).log_softmax(-1)

@@ -18,9 +18,9 @@ import time
 from pathlib import Path
 
 import torch
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
 from machine import arguments, describe
-from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -40,7 +40,7 @@ from draftopd.targets.target import Target
 from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
 
 #: By stage: its loss, its anchors, and how many of a sequence.
-STAGES = {"opd": ("asymmetric_kl", "visited", 64), "sft": ("cross_entropy", "random", 32)}
+STAGES = {"opd": ("sharp_kl", "visited", 64), "sft": ("cross_entropy", "random", 32)}
 
 
 class Run:
@@ -92,7 +92,8 @@ def main() -> None:
             for batch in rollout.collect(request):
                 writer.add(batch)
         for stage in options.stages:
-            loss = instantiate(OmegaConf.load(Path(__file__).parents[1] / f"configs/loss/{STAGES[stage][0]}.yaml"))
+            with initialize_config_dir(str(Path(__file__).resolve().parents[1] / "configs"), version_base="1.3"):
+                loss = instantiate(compose("train", [f"loss={STAGES[stage][0]}"]).loss)
             runs = [Run(buffer, stage, drafter.num_proposals, n, options) for n in (None, *options.pack_to)]
             for number in range(options.steps + 1):
                 for turn in range(len(runs)):

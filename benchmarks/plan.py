@@ -23,7 +23,8 @@ from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.planning.measure import decoding_peak, step_peaks
 from draftopd.planning.memory import Decoding, by_moment, decoding, training_step
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
@@ -82,7 +83,12 @@ def build(case: dict[str, Any]) -> tuple[Target, Drafter, ReplayBatch, Loss]:
     places = [torch.randperm(n - case["block"] - 1)[: case["anchors"]].sort().values + 1 for _ in range(rows)]
     anchors, lengths = torch.stack(places), torch.full((rows,), n)
     batch = ReplayBatch(ids, torch.zeros_like(lengths), lengths, anchors, torch.ones_like(anchors).bool(), -lengths)
-    return target, drafter, batch, CrossEntropy(gamma=7.0) if case["loss"] == "cross_entropy" else ForwardKL()
+    return (
+        target,
+        drafter,
+        batch,
+        CrossEntropy(gamma=7.0) if case["loss"] == "cross_entropy" else Distilled(accepted=forward_kl),
+    )
 
 
 def compare(case: dict[str, Any]) -> dict[str, tuple[float, float]]:

@@ -34,7 +34,7 @@ TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
 ALIKE = ["loss.accepted_gamma=1.0"]
 LONGER, LONGEST = ["drafter.block_size=12"], ["drafter.block_size=16"]
 #: From the recipe's loss to another, in a straight line.
-TO = ["loss=blend", "loss@loss.first=asymmetric_kl", "loss.first.accepted_gamma=1.0"]
+TO = ["loss=blend", "loss@loss.first=sharp_kl", "loss.first.accepted_gamma=1.0"]
 TO_REVERSE = ["loss@loss.second=reverse_kl", "loss.second.include_correction=true", "loss.second.normalization=stream"]
 
 #: What is tried, by the name of its run.
@@ -74,7 +74,7 @@ ROWS = {
         *FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0", "loss.second.target_temperature=0.05",
     ],
     "b4_curriculum": [
-        *FRESH, *SMALL, *TO, "loss@loss.second=asymmetric_kl", "loss.first.accepted_gamma=0.5",
+        *FRESH, *SMALL, *TO, "loss@loss.second=sharp_kl", "loss.first.accepted_gamma=0.5",
         "loss.second.accepted_gamma=1.0",
     ],
 }  # fmt: skip

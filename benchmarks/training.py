@@ -32,9 +32,10 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
-from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.replay import replay
 from draftopd.targets.target import Target
@@ -44,7 +45,11 @@ RESULTS = Path(__file__).parent / "results" / "training.json"
 SHAPE = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "block", "batch", "taps", "rounds")
 
 
-LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": AsymmetricKL}
+def paper_loss() -> Loss:
+    return Distilled(accepted=forward_kl, rejected=reverse_kl, gamma=0.8, accepted_gamma=1.0, normalization="stream")
+
+
+LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": paper_loss}
 
 
 class Parts(Stopwatch):

@@ -72,7 +72,7 @@ def test_beside_flags(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-m", "loss=asymmetric_kl,forward_kl", "loss.accepted_weight=0.5,1", "seed=range(3)"],
+        ["-m", "loss=sharp_kl,forward_kl", "loss.accepted_weight=0.5,1", "seed=range(3)"],
         ["-m", "experiment=ablation/gamma"],
         ["--multirun", "drafter=glob(*)"],
         ["~logger", "--cfg", "job"],
@@ -92,11 +92,11 @@ def test_a_key_in_the_environment_is_fine(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 NODES: dict[str, tuple[dict[str, Any], str]] = {
-    "option misspelt": ({"_target_": "draftopd.losses.kl.ForwardKL", "gama": 1.0}, "did you mean 'gamma'"),
+    "option misspelt": ({"_target_": "draftopd.losses.distilled.Distilled", "gama": 1.0}, "did you mean 'gamma'"),
     "value of another type": (
-        {"_target_": "draftopd.losses.kl.ForwardKL", "gamma": "x"}, "part.gamma='x' does not fit float",
+        {"_target_": "draftopd.losses.distilled.Distilled", "gamma": "x"}, "part.gamma='x' does not fit float",
     ),
-    "class misspelt": ({"_target_": "draftopd.losses.kl.FowardKL"}, "names nothing that can be imported: check"),
+    "class misspelt": ({"_target_": "draftopd.losses.distilled.Distiled"}, "names nothing that can be imported: check"),
     "module unknown": ({"_target_": "nowhere.Thing"}, "names nothing"),
     "_target_ a number": ({"_target_": 5}, "names nothing"),
     "_target_ a list": ({"_target_": ["os.system"]}, "names nothing"),
@@ -104,9 +104,21 @@ NODES: dict[str, tuple[dict[str, Any], str]] = {
     "_target_ no part": ({"_target_": "draftopd.errors"}, "names nothing that can be called|names nothing"),
     "value missing": ({"_target_": "draftopd.targets.load.load_target", "path": "???"}, "part.path must be given"),
     "choice unknown": (
-        {"_target_": "draftopd.losses.asymmetric_kl.AsymmetricKL", "normalization": "both"}, "normalization=both does",
+        {"_target_": "draftopd.losses.distilled.Distilled", "normalization": "both"}, "normalization=both does",
     ),
-    "truth value a text": ({"_target_": "draftopd.losses.kl.ForwardKL", "gamma": True}, "gamma=True does not fit"),
+    "truth value a text": (
+        {"_target_": "draftopd.losses.distilled.Distilled", "gamma": True}, "gamma=True does not fit",
+    ),
+    "divergence missing": (
+        {"_target_": "draftopd.losses.distilled.Distilled", "accepted": "???"}, "part.accepted must be given",
+    ),
+    "option of a divergence out of range": (
+        {
+            "_target_": "draftopd.losses.distilled.Distilled",
+            "accepted": {"_target_": "draftopd.losses.divergence.jensen_shannon", "_partial_": True, "beta": 1.0},
+        },
+        "part.accepted.beta=1.0 does not fit float",
+    ),
 }  # fmt: skip
 
 

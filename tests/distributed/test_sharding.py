@@ -21,7 +21,8 @@ from draftopd.decoding.sampling import Sampling
 from draftopd.distributed.sharding import Shards, whole_tensors
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
-from draftopd.losses.asymmetric_kl import AsymmetricKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.batch import ReplayBatch, pad_anchors
 from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
@@ -41,7 +42,7 @@ def batch_of(rank: int) -> ReplayBatch:
 
 def loss_of(target: Target, drafter: Drafter, rank: int) -> Tensor:
     blocks = replay(target, drafter, batch_of(rank), Sampling(), frozenset())
-    return AsymmetricKL(target_temperature=0.5)(blocks).loss
+    return Distilled(accepted=forward_kl, rejected=reverse_kl, target_temperature=0.5)(blocks).loss
 
 
 def decode(target: Target, drafter: Drafter, rank: int) -> Iterator[list[Decoded]]:

@@ -10,9 +10,9 @@ from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
-from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.cross_entropy import CrossEntropy
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
 from draftopd.targets.load import load_target
@@ -57,7 +57,8 @@ def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
     torch.testing.assert_close(
         prefix.target_states[prefix.valid], blocks.target_states[prefix.valid], rtol=1e-3, atol=1e-3
     )
-    for loss in (ForwardKL(accept_until_fail=True), AsymmetricKL(include_correction=True, rejected_weight=0.0)):
+    for options in ({"accept_until_fail": True}, {"include_correction": True, "rejected_weight": 0.0}):
+        loss = Distilled(accepted=forward_kl, **options)
         assert loss.scope == "until_fail"
         kept = Blocks(**{**blocks.__dict__, "valid": blocks.valid & blocks.recorded})
         torch.testing.assert_close(loss(prefix).loss, loss(kept).loss, rtol=1e-4, atol=1e-5)

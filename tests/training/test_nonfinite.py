@@ -25,7 +25,8 @@ from draftopd.decoding.rules import Rules
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.errors import ConfigError, FileError, NumericsError
 from draftopd.losses.base import Loss, LossOutput
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks
 from draftopd.replay.packing import Layout
@@ -40,7 +41,7 @@ class Failing(Loss):
     """Forward KL that fails in some of its calls, counted from 0: in its value, or only in its gradient."""
 
     def __init__(self, how: str, calls: tuple[int, ...]) -> None:
-        self.inner, self.how, self.failing, self.calls = ForwardKL(), how, calls, 0
+        self.inner, self.how, self.failing, self.calls = Distilled(accepted=forward_kl), how, calls, 0
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         loss, parts = self.inner(blocks)
@@ -150,7 +151,7 @@ def test_no_batch_is_kept_where_none_is_wanted(make_module: Callable[..., DraftM
     assert module.run.skips.total == 1 and not (tmp_path / "nonfinite").exists()
     for options in ({"max_skipped_in_a_row": -1}, {"keep_nonfinite": -1}):
         with pytest.raises(ConfigError, match="0 or more, found -1"):
-            make_module(ForwardKL(), **options)
+            make_module(Distilled(accepted=forward_kl), **options)
 
 
 def test_a_full_disk_costs_the_batch_and_not_the_run(
@@ -178,7 +179,7 @@ def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_packed_batch_is_read_as_it_was(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
-    (batch,) = batches(make_module(ForwardKL()), 1)
+    (batch,) = batches(make_module(Distilled(accepted=forward_kl)), 1)
     batch = batch._replace(layout=Layout.of([[0]], batch.lengths.tolist()))
     path = keep_batch(tmp_path, 1, [batch], [math.nan], {"step": 7, "rank": 0, "ranks": 1})
     assert path == tmp_path / "step-7.safetensors"

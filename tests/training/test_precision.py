@@ -10,10 +10,9 @@ import lightning as L
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from tests.support.fitting import batches, fit
+from tests.support.losses import loss_config
 from tests.support.models import DRAFTERS
-from tests.support.paths import ROOT
 
 from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
@@ -33,7 +32,7 @@ def test_bf16_mixed_stays_near_float32(
     losses, moves = [], []
     given = None
     for precision in ("32-true", "bf16-mixed"):
-        loss = instantiate(OmegaConf.load(ROOT / "configs" / "loss" / "asymmetric_kl.yaml"))
+        loss = instantiate(loss_config("sharp_kl"))
         module = DraftModule(target, make_any(drafts, target), loss, Rules(), optimizer=partial(adamw, lr=1e-3))
         given = given or batches(module, STEPS)
         target.tap(module.drafter.target_layer_ids)

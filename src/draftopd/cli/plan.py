@@ -1,7 +1,7 @@
 """Memory and time of a training run before it is started: no weights, no GPU.
 
     python -m draftopd.cli.plan target=qwen3_30b_a3b trainer.devices=8
-    python -m draftopd.cli.plan experiment=paper_qwen3_8b plan.gpu=A100 module.activation_checkpointing=true
+    python -m draftopd.cli.plan experiment=paper target=qwen3_8b plan.gpu=A100 module.activation_checkpointing=true
 
 Takes the overrides of train.py, and plan.NAME=VALUE for what is assumed; docs/planning.md lists these.
 """

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from draftopd.losses.base import Loss
-from draftopd.losses.blend import Blend
 from draftopd.planning.activations import FLOAT, Kept, kept
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.rollout.walk import READ_TOKENS
@@ -17,27 +15,9 @@ from draftopd.targets.target import MAX_BLOCK_QUERIES
 
 Parts = dict[str, float]
 
-_LOSS_COPIES = {
-    "CrossEntropy": 3,
-    "DPace": 3,
-    "Reach": 3,
-    "TotalVariation": 5,
-    "E2ETotalVariation": 5,
-    "LK": 7,
-    "JSD": 10,
-}
-_KL_COPIES = 6  # every other loss
-
 #: Logits-sized tensors that :func:`draftopd.metrics.agreement.slot_agreement` holds at once for its one chunk,
 #: and for each of several.
 AGREEMENT_COPIES = (5, 7)
-
-
-def loss_copies(loss: Loss) -> int:
-    """Logits-sized float32 tensors that the loss holds at once for a chunk; a blend's losses follow one another."""
-    if isinstance(loss, Blend):
-        return max(loss_copies(loss.first), loss_copies(loss.second))
-    return _LOSS_COPIES.get(type(loss).__name__, _KL_COPIES)
 
 
 class Moment(NamedTuple):
