@@ -75,9 +75,7 @@ def parser(description: str | None, results: str | None = None) -> argparse.Argu
     """A parser that prints a script's docstring, with ``--results`` if the script names its file."""
     made = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     if results:
-        made.add_argument(
-            "--results", type=Path, default=RESULTS / results, help="default: benchmarks/results/%s" % results
-        )
+        made.add_argument("--results", type=Path, default=RESULTS / results, help="file that results go to")
     return made
 
 

@@ -11,7 +11,7 @@ Targets have the shapes of Qwen3-4B and 8B and random weights, drawn on the GPU 
 - attention: block attention of a training step with each of torch's kernels, and with the one that torch chooses;
 - step: a Draft-OPD training step by part, its peak memory, and the fraction of it that the matrices' arithmetic needs;
 - loss: `loss.py` at 4,096 positions over the target's vocabulary;
-- decode: seconds per decoding step, eager and compiled, with a drafter of which a fixed number of proposals is accepted.
+- decode: seconds per decoding step, eager and compiled, with a fixed number of accepted proposals.
 
 Each case runs in a process of its own, and a case that fails is kept with its error. Exit status: 0 if all passed, 1 if
 a check or a case failed (the results are written all the same), 2 without a CUDA GPU. Results go to
@@ -215,7 +215,7 @@ def step_arguments(shape: dict[str, Any], sizes: dict[str, Any], device: str, dt
     named |= {"device": device, "dtype": dtype, "rounds": 3 if device == "cuda" else 1, "loss": "asymmetric_kl"}
     return [
         *(f"--{name.replace('_', '-')}={value}" for name, value in named.items()), *["--tied"] * shape["tied"],
-        "--optimizer", "--autocast", "--case", *(str(n) for n in (sizes["length"], sizes["anchors"], shape["vocabulary"])),
+        "--optimizer", "--autocast", "--case", str(sizes["length"]), str(sizes["anchors"]), str(shape["vocabulary"]),
     ]  # fmt: skip
 
 

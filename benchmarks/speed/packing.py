@@ -69,7 +69,7 @@ class Run:
         return {
             "stage": self.stage,
             "pack_to": self.pack_to,
-            "rows_a_batch": self.rows / steps,
+            "rows_per_batch": self.rows / steps,
             "padding": 1 - self.tokens / self.positions,
             "seconds": self.seconds / steps,
             "cpu_seconds": self.cpu_seconds / steps,
@@ -107,8 +107,9 @@ def main() -> None:
         ("stage", "pack_to", "rows", "padding", "seconds", "ratio", "CPU s", "ratio", "loss differs by"),
         [
             (
-                r["stage"], str(r["pack_to"]), f"{r['rows_a_batch']:.1f}", f"{r['padding']:.2%}", f"{r['seconds']:.3f}",
-                f"x{r['ratio']:.3f}", f"{r['cpu_seconds']:.3f}", f"x{r['cpu_ratio']:.3f}", f"{r['loss_difference']:.1e}",
+                r["stage"], str(r["pack_to"]), f"{r['rows_per_batch']:.1f}", f"{r['padding']:.2%}",
+                f"{r['seconds']:.3f}", f"x{r['ratio']:.3f}", f"{r['cpu_seconds']:.3f}", f"x{r['cpu_ratio']:.3f}",
+                f"{r['loss_difference']:.1e}",
             )
             for r in rows
         ],

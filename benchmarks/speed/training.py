@@ -96,7 +96,7 @@ def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBat
 
 
 def taps_of(options: argparse.Namespace) -> tuple[int, ...]:
-    """The DFlash release's choice of layers, or the lowest layers if the features are given or the target is shallow."""
+    """The DFlash release's choice of layers; the lowest layers if the target is shallow or its features are given."""
     deep = options.target_layers > options.taps + 2
     return default_target_layers(options.taps, options.target_layers) if deep else tuple(range(options.taps))
 

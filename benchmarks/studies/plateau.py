@@ -4,7 +4,7 @@
     python -m benchmarks.studies.plateau --from-scratch        # from a drafter that SFT first trains to its plateau
     python -m benchmarks.studies.plateau --study recipe        # the best recipe found, and SFT in batches as small
     python -m benchmarks.studies.plateau --study recipe_long   # the same, twice as long
-    python -m benchmarks.studies.plateau --target DIR          # another target, from scratch; results are named after DIR
+    python -m benchmarks.studies.plateau --target DIR          # another target, from scratch; DIR names the results
     python -m benchmarks.studies.plateau --seeds 0 --epochs 2  # a first look
     python -m benchmarks.studies.plateau --only-draw           # figure and table from the results kept
 

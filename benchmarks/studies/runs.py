@@ -48,8 +48,8 @@ def train(overrides: Iterable[str], directory: Path, threads: int | None = 1) ->
     """Run ``train.py`` into a directory, which is returned; a run that has ended there is left as it is.
 
     Raises:
-        SystemExit: with the end of its messages, if it fails; or if the directory holds a run of other settings, which it
-            would continue.
+        SystemExit: with the end of its messages, if it fails; or if the directory holds a run of other settings, which
+            would be continued.
     """
     overrides = [*overrides, "trainer.enable_progress_bar=false"]
     _same_settings(overrides, directory)
