@@ -150,7 +150,7 @@ def show(title: str, headings: Iterable[str], rows: Iterable[Sequence[str]]) -> 
         table.add_column(heading, justify="right" if numbers else "left")
     for row in rows:
         table.add_row(*row)
-    Console().print(table)
+    Console(width=None if sys.stdout.isatty() else 140).print(table)
 
 
 def _processor() -> str:

@@ -33,7 +33,7 @@ def test_commands_of_the_documentation_name_scripts() -> None:
     named = set(re.findall(r"python -m (benchmarks\.[\w.]+)", text))
     assert len(named) > 5
     assert not [name for name in named if importlib.util.find_spec(name) is None]
-    assert not [path for path in re.findall(r"\bbenchmarks/\w[\w/]*\.\w+", text) if not (ROOT / path).exists()]
+    assert not [path for path in re.findall(r"\bbenchmarks/\w[\w/]*\.py", text) if not (ROOT / path).exists()]
 
 
 def test_results_have_one_form() -> None:

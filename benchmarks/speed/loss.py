@@ -51,7 +51,7 @@ def blocks_of(options: argparse.Namespace) -> Blocks:
     tokens = torch.randint(options.vocabulary, (count, SLOTS), generator=generator).to(device)
     every = torch.ones(count, SLOTS, dtype=torch.bool, device=device)
     return Blocks(
-        student=states().requires_grad_(), teacher=states(), head=LMHead(head), proposals=tokens, labels=tokens,
+        draft_states=states().requires_grad_(), target_states=states(), head=LMHead(head), proposals=tokens, labels=tokens,
         accepted=torch.zeros(count, dtype=torch.long, device=device), valid=every, recorded=every,
     )  # fmt: skip
 
@@ -73,9 +73,9 @@ def step_of(options: argparse.Namespace, blocks: Blocks) -> Callable[[], Tensor]
             head.logits(blocks.draft_states).flatten(0, 1), blocks.labels.flatten()
         )
     divergence = LOSSES[options.loss][1]
-    teacher = blocks.target_states.flatten(0, 1)
+    scored = blocks.target_states.flatten(0, 1)
     return lambda: divergence(
-        head.logits(blocks.draft_states).flatten(0, 1), head.logits(teacher).log_softmax(-1)
+        head.logits(blocks.draft_states).flatten(0, 1), head.logits(scored).log_softmax(-1)
     ).mean()
 
 
