@@ -26,7 +26,7 @@ class Trace:
     def watch(
         self, method: str, before: Callable[..., object] | None = None, after: Callable[..., object] | None = None
     ) -> None:
-        """Call functions before and after every call of a method, with its arguments.
+        """Call functions before and after every call of a method, with its positional arguments.
 
         Args:
             method: ``module:Class.method``.
@@ -38,12 +38,12 @@ class Trace:
 
         def call(*args: Any, **kwargs: Any) -> Any:
             if before:
-                before(*args, **kwargs)
+                before(*args)
             try:
                 return watched(*args, **kwargs)
             finally:
                 if after:
-                    after(*args, **kwargs)
+                    after(*args)
 
         setattr(kind, name, call)
 

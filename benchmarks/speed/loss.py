@@ -51,8 +51,8 @@ def blocks_of(options: argparse.Namespace) -> Blocks:
     tokens = torch.randint(options.vocabulary, (count, SLOTS), generator=generator).to(device)
     every = torch.ones(count, SLOTS, dtype=torch.bool, device=device)
     return Blocks(
-        draft_states=states().requires_grad_(), target_states=states(), head=LMHead(head), proposals=tokens, labels=tokens,
-        accepted=torch.zeros(count, dtype=torch.long, device=device), valid=every, recorded=every,
+        draft_states=states().requires_grad_(), target_states=states(), head=LMHead(head), proposals=tokens,
+        labels=tokens, accepted=torch.zeros(count, dtype=torch.long, device=device), valid=every, recorded=every,
     )  # fmt: skip
 
 
