@@ -25,6 +25,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
@@ -61,14 +62,18 @@ class Pair(NamedTuple):
     def decoder(self, max_new_tokens: int, drafted: bool = True, compiled: bool = False) -> Decoder:
         """Greedy decoding, with the drafter or without."""
         drafter = self.drafter if drafted else None
-        return Decoder(self.target, drafter, max_new_tokens=max_new_tokens, stop=self.stop, compiled=compiled)
+        return Decoder(self.target, drafter, self.rules(max_new_tokens), compiled)
 
     def request(self, prompts: list[list[int]], max_new_tokens: int, sampling: Sampling = Sampling()) -> Request:
         """What a refresh of the anchors asks of a rollout."""
         return Request(
-            self.target, self.drafter, self.tokenizer, lambda: prompts, range(len(prompts)), self.stop, sampling,
-            max_new_tokens, 512, seed=0,
+            self.target, self.drafter, self.tokenizer, lambda: prompts, range(len(prompts)),
+            self.rules(max_new_tokens, sampling), 512, seed=0,
         )  # fmt: skip
+
+    def rules(self, max_new_tokens: int, sampling: Sampling = Sampling()) -> Rules:
+        """How responses of this length are drawn."""
+        return Rules(sampling, stop=self.stop, max_new_tokens=max_new_tokens)
 
 
 def parser(description: str | None, results: str | None = None) -> argparse.ArgumentParser:

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.speed.device import fresh_peak, held, wait
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Chooser, Draft
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target
@@ -84,7 +85,7 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
                 began = time.perf_counter()
                 for turn in range(4):  # the first compiles, the second records
                     for count, limit in zip(counts, limits[FORCED + 1 if drafter else 1], strict=True):
-                        decoder = Decoder(target, drafter, max_new_tokens=limit, compiled=compiled)
+                        decoder = Decoder(target, drafter, Rules(max_new_tokens=limit), compiled)
                         wait(device)
                         started = time.perf_counter()
                         decoded = decoder.decode_batch(prompts)

@@ -130,10 +130,9 @@ def check_bundled(device: str, compiled: bool) -> dict[str, bool]:
     prompts = pair.prompts(8 if device == "cuda" else 2)
     plain = pair.decoder(96, drafted=False).decode_batch(prompts)
     drafted = pair.decoder(96).decode_batch(prompts)
-    records = [Recorded(d.tokens, len(d.prompt), d.anchors, d.accepted, d.emitted) for d in drafted]
+    records = [Recorded.of(d) for d in drafted]
     bare = [Recorded(r.tokens, r.prompt_length, [], [], []) for r in records]
-    rollout = DecodeFreeRollout(InProcessTrajectories("unused"), max_new_tokens=96)
-    walked = rollout.anchored(pair.target, pair.drafter, bare, 0)
+    walked = DecodeFreeRollout(InProcessTrajectories("unused")).anchored(pair.request(prompts, 96), bare)
     same = {
         "speculative": [d.response for d in drafted] == [d.response for d in plain],
         "decode_free": walked == records,

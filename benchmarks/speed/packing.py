@@ -17,20 +17,20 @@ import time
 from pathlib import Path
 from typing import Any
 
+from hydra import compose, initialize_config_dir
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 
 from benchmarks.common import ROOT, Pair, keep, pair_parser, show
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.losses.base import Loss
-from draftopd.replay.replay import replay
+from draftopd.replay.replay import draft, read
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import BufferWriter
 from draftopd.rollout.rollouts import SpeculativeRollout
 from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
 
 #: By stage: its loss, its anchors, and the maximum number of anchors per sequence.
-STAGES = {"opd": ("asymmetric_kl", "visited", 64), "sft": ("cross_entropy", "random", 32)}
+STAGES = {"opd": ("sharp_kl", "visited", 64), "sft": ("cross_entropy", "random", 32)}
 
 
 class Run:
@@ -51,10 +51,10 @@ class Run:
         batch = next(self.batches)
         pair.drafter.zero_grad()
         began, cpu_began = time.perf_counter(), time.process_time()
-        blocks = replay(
-            pair.target, pair.drafter, batch, Sampling(), pair.stop, loss.scope, propose=loss.uses_proposals
-        )
-        value = loss(blocks).loss
+        reading = read(pair.target, batch, states=loss.scope != "none")
+        propose = loss.uses_proposals or loss.scope != "none"
+        drafts = draft(pair.target, pair.drafter, reading, batch, Rules(stop=pair.stop), propose=propose)
+        value = loss(drafts.blocks(loss.scope)).loss
         value.backward()
         if counts:
             self.seconds += time.perf_counter() - began
@@ -92,10 +92,11 @@ def main() -> None:
         buffer = Path(name) / "buffer"
         with BufferWriter(buffer, 0, 0) as writer:
             request = pair.request(pair.prompts(options.prompts, "train"), options.tokens)
-            for batch in SpeculativeRollout(max_new_tokens=options.tokens).collect(request):
+            for batch in SpeculativeRollout().collect(request):
                 writer.add(batch)
         for stage in options.stages:
-            loss = instantiate(OmegaConf.load(ROOT / "configs" / "loss" / f"{STAGES[stage][0]}.yaml"))
+            with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+                loss = instantiate(compose("train", [f"loss={STAGES[stage][0]}"]).loss)
             runs = [Run(buffer, stage, pair.drafter.num_proposals, n, options) for n in (None, *options.pack_to)]
             for number in range(options.steps + 1):
                 for turn in range(len(runs)):

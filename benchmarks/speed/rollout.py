@@ -19,17 +19,17 @@ import argparse
 import statistics
 import tempfile
 import time
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from benchmarks.common import Pair, keep, pair_parser, show
-from draftopd.drafters.base import Drafter
+from draftopd.decoding.sampling import Sampling
 from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
 from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout, SpeculativeRollout, TargetRollout
 from draftopd.rollout.trajectories import InProcessTrajectories
-from draftopd.targets.target import Target
 from draftopd.training.stopwatch import Stopwatch
 
 #: By engine: the part that is not timed by itself, and gets the rest of the time.
@@ -59,9 +59,9 @@ class TimedWalk(DecodeFreeRollout):
 
     clock: Stopwatch
 
-    def anchored(self, target: Target, drafter: Drafter, records: Sequence[Recorded], seed: int) -> list[Recorded]:
+    def anchored(self, request: Request, records: Sequence[Recorded]) -> list[Recorded]:
         with self.clock("anchors"):
-            return super().anchored(target, drafter, records, seed)
+            return super().anchored(request, records)
 
 
 class Refresh(NamedTuple):
@@ -75,13 +75,12 @@ def rollout_of(
     engine: str, clock: Stopwatch, size: int, texts: Path, fresh: Path, options: argparse.Namespace
 ) -> Rollout:
     """An engine that decodes into ``fresh`` or reads the store ``texts``."""
-    limit, temperature = options.tokens, options.temperature
     if engine == "speculative":
-        return SpeculativeRollout(size, limit, temperature)
+        return SpeculativeRollout(size)
     if engine == "target":
-        return TargetRollout(TimedTexts(clock, fresh / "texts", size), limit, temperature)
+        return TargetRollout(TimedTexts(clock, fresh / "texts", size))
     store = InProcessTrajectories(str(texts))
-    walk = TimedWalk(store, size, limit, temperature, parallel_below=options.parallel_below)
+    walk = TimedWalk(store, size, parallel_below=options.parallel_below)
     walk.clock = clock
     return walk
 
@@ -94,7 +93,7 @@ def refresh(
     with tempfile.TemporaryDirectory(dir=place) as name:
         fresh = Path(name)
         rollout = rollout_of(engine, clock, size, place / "texts", fresh, options)
-        request = pair.request(prompts, options.tokens, rollout.sampling)
+        request = pair.request(prompts, options.tokens, Sampling(options.temperature))
         began = time.perf_counter()
         with clock("whole"), BufferWriter(fresh / "anchors", 0, 0) as writer:
             for batch in rollout.collect(request):
@@ -103,13 +102,14 @@ def refresh(
                     writer.add(batch)
             written = time.perf_counter()
         # Leaving the writer has put the last shard and the manifest on the disk.
-        clock.seconds["buffer"] += time.perf_counter() - written
+        parts = defaultdict(float, clock.seconds)
+        parts["buffer"] += time.perf_counter() - written
         seconds = time.perf_counter() - began
         rest = ENGINES[engine]
-        clock.seconds[rest] = clock.seconds.pop("whole") - sum(clock.seconds[part] for part in PARTS if part != rest)
-        tau = AnchorBuffer.latest(fresh / "anchors").manifest.tau if rollout.records_anchors else 0.0
+        parts[rest] = parts.pop("whole") - sum(parts[part] for part in PARTS if part != rest)
+        tau = AnchorBuffer.latest(fresh / "anchors").manifest.tau if rollout.anchors == "rollout" else 0.0
     tokens = sum(len(record.tokens) - record.prompt_length for record in records)
-    figures = {"tokens": tokens, "rate": tokens / seconds, "seconds": seconds, "tau": tau, **clock.seconds}
+    figures = {"tokens": tokens, "rate": tokens / seconds, "seconds": seconds, "tau": tau, **parts}
     return Refresh(figures, {tuple(record.tokens): record for record in records})
 
 

@@ -21,8 +21,6 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
 
@@ -31,14 +29,14 @@ from transformers import AutoModelForCausalLM, Qwen3Config
 
 from benchmarks.common import case, keep, parser
 from benchmarks.speed.device import fresh_peak, held, multiplication_rate
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.batch import ReplayBatch
-from draftopd.replay.replay import replay
+from draftopd.replay.replay import draft, read
 from draftopd.targets.target import Target
 from draftopd.training.stopwatch import Stopwatch
 
@@ -51,15 +49,6 @@ def paper_loss() -> Loss:
 
 
 LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": paper_loss}
-
-
-class Parts(Stopwatch):
-    """Times the target's two passes separately: reading the text, and scoring the proposals."""
-
-    @contextmanager
-    def __call__(self, section: str) -> Iterator[None]:
-        with super().__call__("scoring" if section == "target" and section in self.seconds else section):
-            yield
 
 
 class GivenFeatures(Target):
@@ -116,13 +105,17 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
     mixed = torch.autocast(options.device, torch.bfloat16, enabled=options.autocast)
     before, parts, steps = fresh_peak(options.device), [], []
     for _ in range(options.rounds + 1):
-        clock = Parts()
+        clock = Stopwatch()
         began = time.perf_counter()
         with mixed:
-            blocks = replay(
-                target, drafter, batch, Sampling(), frozenset(), teacher=loss.scope, clock=clock,
-                propose=loss.uses_proposals,
-            )  # fmt: skip
+            with clock("target"):
+                reading = read(target, batch, states=loss.scope != "none")
+            with clock("drafter"):
+                propose = loss.uses_proposals or loss.scope != "none"
+                drafts = draft(target, drafter, reading, batch, Rules(), propose=propose)
+            with clock("scoring"):
+                blocks = drafts.blocks(loss.scope)
+            del reading, drafts
             with clock("loss"):
                 value = loss(blocks).loss
         with clock("backward"):

@@ -58,7 +58,7 @@ def test_a_text_keeps_its_draws_whatever_is_beside_it(tmp_path: Path, make_reque
     plain = flat(FreshRollout(rollout.trajectories), request)
 
     def anchored(records: list[Recorded], seed: int) -> list[Recorded]:
-        return rollout._anchored(replace(request, seed=seed), records)
+        return rollout.anchored(replace(request, seed=seed), records)
 
     whole = anchored(plain, 1)
     assert [r.tokens for r in whole] == [r.tokens for r in plain]

@@ -126,12 +126,12 @@ class DecodeFreeRollout(FreshRollout):
         for batch in super().collect(request):
             pool += batch
             if len(pool) >= POOL * self.batch_size:
-                yield self._anchored(request, pool)
+                yield self.anchored(request, pool)
                 pool = []
         if pool:
-            yield self._anchored(request, pool)
+            yield self.anchored(request, pool)
 
-    def _anchored(self, request: Request, records: Sequence[Recorded]) -> list[Recorded]:
+    def anchored(self, request: Request, records: Sequence[Recorded]) -> list[Recorded]:
         """The same texts, in the same order, with the drafter's anchors."""
         target, drafter, walker = request.target, request.drafter, self.walker(request.rules)
         assert drafter is not None
