@@ -211,3 +211,11 @@ def test_the_decoder_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
 def test_yaml_of_the_page() -> None:
     for block in re.findall(r"^```yaml\n(.*?)^```", (DOCS / "extending.md").read_text(), re.M | re.S):
         assert re.match(r"# configs/\w+/\w+\.yaml\n", block) and isinstance(yaml.safe_load(block), dict)
+
+
+def test_the_algorithm_of_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    """Draft-OPD on one page: every epoch prints tau, which rises."""
+    names = code("algorithm.md", "import torch")
+    taus = names["taus"]
+    assert capsys.readouterr().out.count("tau") == len(taus) == names["EPOCHS"] + 1
+    assert taus[-1] > 1.03 * taus[0] and not any(p.requires_grad for p in names["target"].parameters())
