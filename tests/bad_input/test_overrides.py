@@ -25,6 +25,7 @@ OVERRIDES = {
     "value of a group missing": ("data=jsonl", "data.train_prompts.path must be given: data.train_prompts.path=VALUE"),
     "group unknown": ("los=asymmetric_kl", "los is no configuration key: did you mean 'loss"),
     "group option misspelt": ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
+    "what options share": ("loss=base/distilled", "loss=base/distilled does not exist"),
     "group null": ("logger=null", "write ~logger"),
     "key misspelt": ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_ep"),
     "key of the module misspelt": ("module.learning_rat=1", "did you mean 'optimizer.lr'?"),

@@ -158,7 +158,7 @@ def _unknown_option(configs: Path, override: str) -> str | None:
     if "=" not in override or not (configs / group).is_dir() or "/" in group or not group:
         return None
     files = {p.relative_to(configs / group).with_suffix("") for p in (configs / group).rglob("*.yaml")}
-    options = {str(file) for file in files if file.parts[0] != "base"}  # what options have in common is none itself
+    options = {str(file) for file in files if file.parts[0] != "base"}  # base/ holds keys that options share
     if option == "null":
         return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
     several = option.startswith("[") and option.endswith("]")
