@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -14,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.cli import app
+from draftopd.cli.app import configs, guarded
 from draftopd.cli.check import check_value
 from draftopd.cli.nearest import nearest
+from draftopd.cli.overrides import problem
 from draftopd.decoding.generate import CAPACITY_STEP
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError
@@ -38,15 +38,15 @@ PRECISIONS = {
 }  # fmt: skip
 
 
-def plan(arguments: list[str], configs: Path) -> None:
+def plan(arguments: list[str]) -> None:
     """Print the plan of the run that ``arguments`` name: overrides of train.py, and ``plan.NAME=VALUE``."""
     mine = [a.lstrip("+") for a in arguments if a.lstrip("+").startswith("plan.")]
     others = [a for a in arguments if not a.lstrip("+").startswith("plan.")]
-    problem = app._problem(configs, "train", others, keeps=False)
-    if problem:
-        sys.exit(f"Error: {problem}")
+    found = problem(configs(), "train", others, keeps=False)
+    if found:
+        sys.exit(f"Error: {found}")
     try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
+        with initialize_config_dir(str(configs()), version_base="1.3"):
             config = compose("train", others)
     finally:
         GlobalHydra.instance().clear()
@@ -55,7 +55,7 @@ def plan(arguments: list[str], configs: Path) -> None:
     config.pop("logger", None)
     if "store" in config.trajectories:
         config.trajectories.store = "trajectories"
-    app.guarded(lambda checked: _print(checked, mine), config)
+    guarded(lambda checked: _print(checked, mine), config)
 
 
 def _print(config: DictConfig, given: list[str]) -> None:

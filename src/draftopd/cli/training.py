@@ -22,8 +22,8 @@ from omegaconf import DictConfig, OmegaConf
 from pydantic import Field
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.cli.app import quiet
 from draftopd.cli.check import check, check_value
+from draftopd.cli.quiet import quiet
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
 from draftopd.cli.runs import settings
