@@ -72,7 +72,7 @@ def test_the_api_lists_every_module() -> None:
     modules = [".".join(path.relative_to(source).with_suffix("").parts) for path in source.rglob("*.py")]
     public = [m for m in modules if not m.endswith(("__init__", "__main__")) and ".cli." not in m]
     listed = re.findall(r"^::: (\S+)$", "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md")), re.M)
-    assert sorted(listed) == sorted(public)
+    assert sorted(name for name in listed if ".cli." not in name) == sorted(public)
 
 
 def commands(kind: str) -> list[str]:

@@ -64,7 +64,8 @@ def _unknown_option(configs: Path, override: str) -> str | None:
     group = place.partition("@")[0]
     if "=" not in override or not (configs / group).is_dir() or "/" in group or not group:
         return None
-    options = {str(p.relative_to(configs / group).with_suffix("")) for p in (configs / group).rglob("*.yaml")}
+    files = {p.relative_to(configs / group).with_suffix("") for p in (configs / group).rglob("*.yaml")}
+    options = {str(file) for file in files if file.parts[0] != "base"}  # base/ holds what options have in common
     if option == "null":
         return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
     several = option.startswith("[") and option.endswith("]")
