@@ -18,7 +18,11 @@ from mkdocs.structure.files import File, Files
 ROOT = Path(__file__).parents[2]
 
 #: Files of the repository that are pages too.
-PAGES = {"contributing.md": "CONTRIBUTING.md", "changelog.md": "CHANGELOG.md"}
+PAGES = {
+    "contributing.md": "CONTRIBUTING.md",
+    "changelog.md": "CHANGELOG.md",
+    "tables.md": "benchmarks/results/README.md",
+}
 
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(\\\(|\\\[)(.*?)(\\\)|\\\])</\1>', re.DOTALL)
 

@@ -71,18 +71,15 @@ def _evaluate(config: DictConfig) -> None:
 
 def help_page(configs: Path, name: str) -> str:
     """What ``--help`` prints. Hydra makes the same page from the same file, but takes a second to list the groups."""
-    import yaml
+    from omegaconf import OmegaConf
 
-    page = yaml.safe_load((configs / "hydra" / "help" / f"{name}.yaml").read_text(encoding="utf-8"))
+    page = OmegaConf.create({"hydra": {"help": OmegaConf.load(configs / "hydra" / "help" / f"{name}.yaml")}})
     options: dict[str, list[str]] = {}
     for path in sorted(configs.glob("*/**/*.yaml")):
         options.setdefault(path.parent.relative_to(configs).as_posix(), []).append(path.stem)
     del options["hydra/help"]
-    listed = "".join(f"{group}: {', '.join(names)}\n" for group, names in sorted(options.items()))
-    text = page["template"].replace("$APP_CONFIG_GROUPS", listed)
-    for part in ("header", "footer"):
-        text = text.replace(f"${{hydra.help.{part}}}", page[part])
-    return str(text)
+    groups = "".join(f"{group}: {', '.join(names)}\n" for group, names in sorted(options.items()))
+    return str(page.hydra.help.template).replace("$APP_CONFIG_GROUPS", groups)
 
 
 def _leave(code: str | int | None) -> NoReturn:

@@ -107,7 +107,7 @@ def run_served(config: DictConfig, settings: Settings) -> list[Served]:
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
     encoder = PromptEncoder(tokenizer, settings.thinking)
     stop = frozenset() if tokenizer.eos_token_id is None else frozenset({int(tokenizer.eos_token_id)})
-    asking = Asking(settings.sampling, settings.max_new_tokens, stop, settings.seed)
+    asking = Asking(settings.rules(stop), settings.seed)
     found: list[Served] = []
     with rollout_progress(sum(map(len, suites.values())) * len(engine.concurrency), label="Evaluating") as advance:
         for name, examples in suites.items():

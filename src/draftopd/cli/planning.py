@@ -17,6 +17,7 @@ from draftopd.cli.app import configs, guarded
 from draftopd.cli.check import check_value
 from draftopd.cli.nearest import nearest
 from draftopd.cli.overrides import problem
+from draftopd.cli.parts import rules_of
 from draftopd.decoding.generate import CAPACITY_STEP
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError
@@ -27,7 +28,7 @@ from draftopd.planning.report import print_plan
 from draftopd.planning.run import Run, Texts
 from draftopd.planning.shapes import shape_of, target_of
 from draftopd.planning.sizes import DrafterSize, Step
-from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout, SpeculativeRollout
+from draftopd.rollout.rollouts import DecodeFreeRollout, FreshRollout, Rollout, SpeculativeRollout
 from draftopd.targets.target import Target
 
 #: Bytes of a weight, and of what autocast computes in, by Lightning's names.
@@ -52,6 +53,7 @@ def plan(arguments: list[str]) -> None:
     OmegaConf.set_struct(config, False)
     # A plan writes nothing, and so has no directory.
     config.pop("logger", None)
+    config.pop("callbacks", None)
     if "store" in config.trajectories:
         config.trajectories.store = "trajectories"
     guarded(lambda checked: _print(checked, mine), config)
@@ -90,7 +92,6 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     """
     rollout: Rollout = instantiate(config.rollout)
     loss: Loss = instantiate(config.loss)
-    sampled = _sampled(rollout)
     node = config.target
     shape, source = shape_of(node.path, node.revision, node.trust_remote_code)
     target, t = target_of(shape, node.dtype)
@@ -105,7 +106,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     most = _anchors(data, response, 1.0)
     step = Step(
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
-        scope=loss.scope if not sampled or loss.scope != "until_fail" else "proposals",
+        scope=loss.scope if rules_of(config).sampling.greedy or loss.scope != "until_fail" else "proposals",
         loss_copies=loss_copies(loss), gpu=True,
         checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
         attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
@@ -118,7 +119,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     tested = epochs // (trainer.get("check_val_every_n_epoch") or 1) + bool(config.validate_first)
     run = Run(
         target=t, drafter=d, step=step, mean=mean, sharing=sharing, devices=devices,
-        texts=_texts(config, rollout, w), validation=_decoding(config, data.validation_batch_size, sampled, w, c),
+        texts=_texts(config, rollout, w), validation=_decoding(config, data.validation_batch_size, w, c),
         used=min(1.0, given.tau / (d.block - 1)) if step.scope == "until_fail" else 1.0,
         proposes=loss.uses_proposals, every=max(1, trainer.get("log_every_n_steps") or 1), epochs=epochs,
         batches=batches, accumulate=trainer.get("accumulate_grad_batches") or 1, prompts=data.prompts_per_refresh,
@@ -155,14 +156,10 @@ def _anchors(data: DictConfig, response: int, tau: float) -> int:
     return max(1, found - 1 if limit is None or data.anchors == "all" else min(found - 1, limit))
 
 
-def _sampled(rollout: Rollout) -> bool:
-    """Whether texts are drawn at a temperature above 0, in rollout, replay and validation."""
-    return not rollout.sampling.greedy
-
-
-def _decoding(config: DictConfig, rows: int, sampled: bool, weight_bytes: int, compute_bytes: int) -> Decoding:
+def _decoding(config: DictConfig, rows: int, weight_bytes: int, compute_bytes: int) -> Decoding:
     return Decoding(
-        rows, config.data.max_prompt_tokens, config.max_new_tokens, weight_bytes, compute_bytes, sampled,
+        rows, config.data.max_prompt_tokens, config.max_new_tokens, weight_bytes, compute_bytes,
+        not rules_of(config).sampling.greedy,
         CAPACITY_STEP if config.compiled else 1,
     )  # fmt: skip
 
@@ -170,17 +167,17 @@ def _decoding(config: DictConfig, rows: int, sampled: bool, weight_bytes: int, c
 def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
     """Where a refresh's texts come from, and how anchors are found on them."""
     # Rollouts run between epochs, where Lightning's autocast does not reach.
-    sampled = _sampled(rollout)
     if isinstance(rollout, SpeculativeRollout):
-        return Texts(_decoding(config, rollout.batch_size, sampled, weight_bytes, weight_bytes))
+        return Texts(_decoding(config, rollout.batch_size, weight_bytes, weight_bytes))
     source = config.trajectories
     here = str(source._target_).endswith("InProcessTrajectories")
-    decoding = _decoding(config, source.batch_size, sampled, weight_bytes, weight_bytes) if here else None
-    walk = None
-    if isinstance(rollout, DecodeFreeRollout):
-        walk = _decoding(config, rollout.batch_size, sampled, weight_bytes, weight_bytes)
-    blocks = rollout.walker.blocks_at_once if rollout.walker else 0
-    return Texts(decoding, bool(here and source.drafted), walk, blocks, config.refresh.every_n_steps, "trajectories")
+    decoding = _decoding(config, source.batch_size, weight_bytes, weight_bytes) if here else None
+    drafted = bool(here and source.drafted)
+    if not isinstance(rollout, FreshRollout):
+        return Texts(decoding, drafted, decoded_by="trajectories")
+    rows = rollout.batch_size if isinstance(rollout, DecodeFreeRollout) else config.data.batch_size
+    walk = _decoding(config, rows, weight_bytes, weight_bytes)
+    return Texts(decoding, drafted, walk, rollout.blocks_at_once, rollout.anchors == "step", "trajectories")
 
 
 def _precision(name: str) -> tuple[int, int]:

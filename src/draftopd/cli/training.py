@@ -9,24 +9,24 @@ import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import lightning as L
 import torch
 from hydra.core.hydra_config import HydraConfig
 from hydra.utils import instantiate
-from lightning.pytorch.callbacks import LearningRateMonitor, ModelCheckpoint, RichProgressBar
+from lightning.pytorch.callbacks import LearningRateMonitor, RichProgressBar
 from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
-from transformers import PreTrainedTokenizerBase
 
-from draftopd.cli.check import check, check_value
+from draftopd.cli.compatibility import advise, check_rollout, check_sharding, check_values
+from draftopd.cli.parts import rules_of
 from draftopd.cli.quiet import quiet
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
 from draftopd.cli.runs import settings
+from draftopd.decoding.rules import Rules
 from draftopd.distributed.sharding import whole_tensors
 from draftopd.distributed.watch import watched
 from draftopd.drafters.base import Drafter
@@ -34,9 +34,8 @@ from draftopd.errors import ConfigError, FileError
 from draftopd.io.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.replay.fresh import FreshAnchors
-from draftopd.rollout.anchors import depends_on_drafter
 from draftopd.rollout.request import Request
-from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout
+from draftopd.rollout.rollouts import FreshRollout, Rollout
 from draftopd.rollout.trajectories import InProcessTrajectories
 from draftopd.targets.load import load_tokenizer, stop_tokens
 from draftopd.targets.target import Target
@@ -45,7 +44,6 @@ from draftopd.training.datamodule import ReplayDataModule
 from draftopd.training.module import DraftModule
 from draftopd.training.progress import rollout_progress
 from draftopd.training.refresh import RefreshAnchors
-from draftopd.training.viewer import DraftViewer
 
 log = logging.getLogger(__name__)
 
@@ -67,33 +65,27 @@ def run(config: DictConfig) -> TrainingReport:
         return earlier
     L.seed_everything(config.seed, verbose=False)
     rollout: Rollout = instantiate(config.rollout)
-    check_refresh(config, rollout)
+    check_rollout(config, rollout)
     check_sharding(config)
     target: Target = instantiate(config.target)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
+    rules = rules_of(config, stop_tokens(target, tokenizer))
     data: ReplayDataModule = instantiate(config.data)
     data.attach(tokenizer, directory / "anchors")
-    texts_of_the_target = partial(
-        first_texts, data, rollout, target, tokenizer, directory, config.seed, config.trainer.get("accelerator", "auto")
-    )
-    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts_of_the_target)
+    texts = partial(_first_texts, data, rollout, target, rules, directory, config)
+    drafter: Drafter = instantiate(config.drafter, target=target, tokenizer=tokenizer, texts=texts)
     data.slots = drafter.num_proposals
-    _advise(config)
-    _advise_on_temperature(config, rollout)
-    schedule, fresh = config.refresh, None
-    texts, every_n_steps = rollout, schedule.every_n_steps
-    if every_n_steps == 1 and isinstance(rollout, DecodeFreeRollout):
-        # Every step finds its anchors itself, so a refresh only brings texts.
-        fresh = FreshAnchors(rollout.walker, data.policy)
-        texts, every_n_steps = rollout.texts_only(), None
+    advise(config)
+    fresh = None
+    if isinstance(rollout, FreshRollout) and rollout.anchors == "step":
+        fresh = FreshAnchors(rollout.walker(rules), data.policy)
     module = DraftModule(
-        target, drafter, instantiate(config.loss), rollout.sampling, stop_tokens(target, tokenizer),
-        max_new_tokens=config.max_new_tokens, verification=rollout.verification, seed=config.seed,
-        compiled=config.compiled, fresh=fresh,
-        **instantiate(config.module, _convert_="all"),
+        target, drafter, instantiate(config.loss), rules,
+        optimizer=instantiate(config.optimizer), schedule=instantiate(config.schedule), fresh=fresh, seed=config.seed,
+        compiled=config.compiled, **instantiate(config.module, _convert_="all"),
     )  # fmt: skip
-    refresh = RefreshAnchors(texts, directory / "anchors", schedule.every_n_epochs, every_n_steps, config.seed)
-    trainer = _trainer(config, directory, refresh, DraftViewer(tokenizer))
+    refresh = RefreshAnchors(rollout, directory / "anchors", **config.refresh, seed=config.seed)
+    trainer = _trainer(config, directory, refresh)
     with watched(trainer, config.ranks.lost_after):
         _fit(config, trainer, module, data, directory)
         if data.test_count:
@@ -102,19 +94,19 @@ def run(config: DictConfig) -> TrainingReport:
     if trainer.is_global_zero:
         drafter.save(directory / "drafter", tensors=tensors)
     report = TrainingReport(
-        tau_before=module.tau_before,
-        tau_after=module.tau_after,
+        tau_before=module.run.tau_before,
+        tau_after=module.run.tau_after,
         steps=trainer.global_step,
-        tokens=module.tokens_seen,
-        seconds=dict(module.clock.seconds),
-        total_seconds=time.perf_counter() - began + module.earlier_seconds,
+        tokens=module.run.tokens,
+        seconds=module.clock.seconds,
+        total_seconds=time.perf_counter() - began + module.run.earlier_seconds,
         directory=str(directory),
-        flops=module.flops(),
-        test_tau=acceptance_length(list(module.tested.values()))[0],
+        flops=module.run.flops(),
+        test_tau=acceptance_length(list(module.held_out.tested.values()))[0],
     )
     if trainer.is_global_zero:
         if data.test_count:
-            emitted = {str(place): module.tested[place] for place in sorted(module.tested)}
+            emitted = {str(index): tokens for index, tokens in sorted(module.held_out.tested.items())}
             write_json(directory / "test.json", {"emitted": emitted}, TESTED_FORMAT)
         write_json(directory / "report.json", dataclasses.asdict(report), FORMAT)
         print_report(report)
@@ -147,7 +139,7 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
         if trainer.is_global_zero:
             print(f"Continuing from {resume}")
     elif config.validate_first:
-        module.tau_before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
+        module.run.tau_before = trainer.validate(module, datamodule=data, verbose=False)[0]["val/tau"]
     try:
         trainer.fit(module, datamodule=data, ckpt_path=resume and str(resume), weights_only=True)
     except SIGTERMException:
@@ -192,160 +184,45 @@ def finished(directory: Path, config: DictConfig) -> TrainingReport | None:
         return None
 
 
-def check_values(config: DictConfig) -> None:
-    """Names, types and ranges of the values that no part is made with by Hydra.
-
-    Raises:
-        ConfigError: naming the one that does not fit.
-    """
-    target = f"{DraftModule.__module__}.{DraftModule.__qualname__}"
-    values: Any = OmegaConf.to_container(config.module, resolve=True)
-    check({"_target_": target, **values}, "module")
-    check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
-    for name in ("validate_first", "compiled"):
-        check_value(config[name], bool, name)
-    for name, least in {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}.items():
-        if config.trainer.get(name) is not None:
-            check_value(config.trainer[name], Annotated[int, Field(ge=least)], f"trainer.{name}")
-
-
-def first_texts(
-    data: ReplayDataModule,
-    rollout: Rollout,
-    target: Target,
-    tokenizer: PreTrainedTokenizerBase,
-    directory: Path,
-    seed: int,
-    accelerator: str = "auto",
+def _first_texts(
+    data: ReplayDataModule, rollout: Rollout, target: Target, rules: Rules, directory: Path, config: DictConfig
 ) -> Iterator[list[int]]:
     """The target's responses to the first refresh's prompts, for a drafter that is made from them.
 
-    They come from the run's own trajectories, so that the first refresh finds them there. There is no trainer yet to
-    place the target.
+    They come from the run's own trajectories, so that the first refresh finds them there. There is no trainer yet that
+    would place the target.
     """
-    if torch.cuda.is_available() and target.device.type == "cpu" and accelerator in ("auto", "gpu", "cuda"):
+    anywhere = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
+    if torch.cuda.is_available() and target.device.type == "cpu" and anywhere:
         target.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
+    assert data.encoder is not None
     source = rollout.trajectories or InProcessTrajectories(str(directory / "trajectories"), drafted=False)
     places = data.stretch(0)
     with rollout_progress(len(places), label="Texts of the target") as progress:
         request = Request(
-            target, None, tokenizer, lambda: data.prompts(places), places, stop_tokens(target, tokenizer),
-            rollout.sampling, rollout.max_new_tokens, data.max_prompt_tokens, seed, progress,
+            target, None, data.encoder.tokenizer, lambda: data.prompts(places), places,
+            dataclasses.replace(rules, max_new_tokens=config.refresh.max_new_tokens), data.max_prompt_tokens,
+            config.seed, progress,
         )  # fmt: skip
         for batch in source.collect(request):
             yield from (text.response for text in batch)
 
 
-def _advise(config: DictConfig) -> None:
-    """Warn of options without effect, and of on-policy training that begins with random weights."""
-    overrides = HydraConfig.get().overrides.task
-    if config.loss.get("rejected_weight") == 0 and config.loss.get("accepted_gamma") is not None:
-        for name in ("loss.gamma", "loss.accept_until_fail"):
-            if any(given.split("=")[0].lstrip("+") == name for given in overrides):
-                log.warning("%s has no effect: it is of the rejected stream, and loss.rejected_weight is 0.", name)
-    checkpoint = config.drafter.get("checkpoint")
-    if checkpoint is None:
-        if depends_on_drafter(config.data.anchors):
-            log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
-        return
-    for given in overrides:
-        name = given.split("=")[0].lstrip("+")
-        if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
-            log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)
-
-
-def _advise_on_temperature(config: DictConfig, rollout: Rollout) -> None:
-    """Warn of a loss whose law is not the one that drafting and verification have above temperature 0."""
-    if rollout.sampling.greedy:
-        return
-    sharpened = config.loss.get("target_temperature", 1.0)
-    if sharpened != 1:
-        log.warning(
-            "rollout.temperature=%s verifies with target and drafter at that temperature, but "
-            "loss.target_temperature=%s draws the drafter to a target at another: use loss.target_temperature=1.",
-            rollout.sampling.temperature, sharpened,
-        )  # fmt: skip
-    if config.loss["_target_"].endswith(".SampledKL") and config.loss.get("include_correction"):
-        log.warning(
-            "Above temperature 0 the recorded token at the correction slot follows other proposals than those that "
-            "replay draws: leave loss.include_correction=true out."
-        )
-
-
-def check_refresh(config: DictConfig, rollout: Rollout) -> None:
-    """Refuse a rollout, texts, anchors and a schedule that do not go together, and numbers out of range.
-
-    Raises:
-        ConfigError: saying what would have no effect, and what to choose instead.
-    """
-    anchors, schedule = config.data.anchors, config.refresh
-    if depends_on_drafter(anchors) and not rollout.records_anchors:
-        raise ConfigError(
-            f"This rollout records no anchors, so data.anchors={anchors} finds none: use data.anchors=random or all, "
-            "or rollout=speculative or decode_free."
-        )
-    given = [o for o in HydraConfig.get().overrides.task if o.startswith("trajectories")]
-    if rollout.trajectories is None and given:
-        raise ConfigError(
-            f"rollout=speculative decodes its texts itself, so {given[0]} would have no effect: "
-            "use rollout=decode_free, or rollout=target for SFT."
-        )
-    numbers = {
-        "refresh.every_n_epochs": (schedule.every_n_epochs, 0),
-        "refresh.every_n_steps": (1 if schedule.every_n_steps is None else schedule.every_n_steps, 1),
-        "checkpoint.every_n_steps": (config.checkpoint.every_n_steps, 1),
-    }
-    for name, (value, least) in numbers.items():
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} must be a whole number, {least} or more, found {value!r}.")
-    if schedule.every_n_steps is None:
-        return
-    if rollout.walker is None:
-        raise ConfigError(
-            "Only rollout=decode_free can renew anchors within an epoch (refresh.every_n_steps). With another rollout "
-            "make the epoch shorter: data.batches_per_epoch=N."
-        )
-    if not depends_on_drafter(anchors):
-        raise ConfigError(
-            f"data.anchors={anchors} does not depend on the drafter, so refresh.every_n_steps would have no effect: "
-            "leave it out, or use data.anchors=visited or error."
-        )
-
-
-def check_sharding(config: DictConfig) -> None:
-    """Refuse what a target in shares cannot do.
-
-    Raises:
-        ConfigError: saying what to leave out.
-    """
-    strategy = config.trainer.get("strategy")
-    if not (isinstance(strategy, DictConfig) and strategy.get("_target_", "").endswith("ModelParallelStrategy")):
-        return
-    if any(part.get("compiled") for part in (config, config.rollout, config.get("trajectories") or {})):
-        raise ConfigError("trainer=fsdp gathers layers between the steps of a pass: leave compiled=true out.")
-    for name in ("device", "device_map"):
-        if config.target.get(name) is not None:
-            raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
-    if config.trainer.get("inference_mode", True):
-        raise ConfigError(
-            "trainer=fsdp needs trainer.inference_mode=false: weights gathered to decode must train later."
-        )
-
-
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
     where = directory / "checkpoints"
-    best = ModelCheckpoint(dirpath=where, filename="best", monitor="val/tau", mode="max", enable_version_counter=False)
     last = LastCheckpoint(where / "last.ckpt", config.checkpoint.every_n_steps)
     plugins: list[Any] = [CheckpointFiles()]
     if SLURMEnvironment.detect():
         # Lightning's own requeueing keeps a checkpoint in the middle of a step.
         plugins.append(SLURMEnvironment(auto_requeue=False))
+    named = [instantiate(node) for node in (config.get("callbacks") or {}).values() if node is not None]
+    # Lightning refuses this one where nothing is logged.
+    chosen = [c for c in named if config.get("logger") or not isinstance(c, LearningRateMonitor)]
     options: dict[str, Any] = {
-        "callbacks": [best, last, *callbacks], "plugins": plugins, "default_root_dir": str(directory)
+        "callbacks": [last, *callbacks, *chosen], "plugins": plugins, "default_root_dir": str(directory)
     }  # fmt: skip
     if config.get("logger"):
         options["logger"] = instantiate(config.logger)
-        options["callbacks"].append(LearningRateMonitor("step"))
     if config.trainer.get("enable_progress_bar", True):
         options["callbacks"].append(RichProgressBar())
     return instantiate(config.trainer, **options, _convert_="partial")

@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerBase
 from draftopd.bundled.problems import Split, problem
 from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
-from draftopd.io.hub import limit_waiting
+from draftopd.io.datasets import load_dataset
 from draftopd.io.json_text import MAX_LINE, is_text, listed, parse_json, shown
 
 #: One conversation in the chat template's form.
@@ -159,19 +159,9 @@ def _messages(row: dict[str, Any], field: str, where: str, group: str) -> Messag
 
 
 def _from_hub(source: dict[str, Any], seed: int) -> list[Messages]:
-    try:
-        from datasets import load_dataset
-    except ImportError as error:
-        raise PromptError("Hub datasets need the datasets package: pip install datasets.") from error
     path, field = source["path"], source["field"]
-    limit_waiting()
-    try:
-        rows = load_dataset(path, source.get("name"), split=source.get("split", "train"))
-    except Exception as error:
-        raise PromptError(
-            f"The dataset {path} could not be had ({type(error).__name__}). "
-            "Use data=jsonl data.train_prompts.path=FILE for a local copy."
-        ) from error
+    instead = "Use data=jsonl data.train_prompts.path=FILE for a local copy."
+    rows = load_dataset(path, source.get("name"), source.get("split", "train"), instead=instead)
     if field not in rows.column_names:
         raise PromptError(f"The dataset {path} has no field {field!r}, only {', '.join(rows.column_names)}.")
     wanted = source.get("where") or {}

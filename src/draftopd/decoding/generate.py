@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 
 import torch
 
-from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.step import Rules, compiled_step, decoding_step
-from draftopd.decoding.verify import Verification
+from draftopd.decoding.rules import Rules
+from draftopd.decoding.step import compiled_step, decoding_step
+from draftopd.distributed import ranks
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.targets.target import Target
@@ -55,10 +55,7 @@ class Decoder:
     Args:
         target: tapped for the drafter (see :meth:`Target.tap`).
         drafter: None decodes plainly, one token a target forward.
-        sampling: warping of both distributions.
-        verification: used above temperature 0; at 0 both rules are the same.
-        max_new_tokens: response limit.
-        stop: token ids that end a response (and are part of it).
+        rules: how responses are drawn, verified and ended.
         compiled: run the steps through torch.compile. The first steps then take up to a minute, those after them
             less time than before; logits may differ in the last bits.
     """
@@ -67,19 +64,11 @@ class Decoder:
         self,
         target: Target,
         drafter: Drafter | None,
-        sampling: Sampling = Sampling(),
-        verification: Verification = "rejection_sampling",
-        max_new_tokens: int = 256,
-        stop: frozenset[int] = frozenset(),
+        rules: Rules = Rules(),
         compiled: bool = False,
     ) -> None:
         self.target, self.drafter = target, drafter
-        self.sampling, self.verification = sampling, verification
-        self.max_new_tokens, self.stop = max_new_tokens, stop
-        rejection = verification == "rejection_sampling" and not sampling.greedy
-        # Target-only verification compares the target's sample with the drafter's most likely token.
-        self.rules = Rules(sampling, sampling if rejection else Sampling(), rejection)
-        self.compiled = compiled
+        self.rules, self.compiled = rules, compiled
         if drafter is not None:
             drafter.check_fits(target)
             target.tap(drafter.target_layer_ids)
@@ -97,17 +86,18 @@ class Decoder:
         for index, prompt in enumerate(prompts):
             self.check(prompt, index)
         for start in range(0, len(prompts), batch_size):
-            generator = torch.Generator(self.target.device).manual_seed((seed * 1_000_003 + start) % 2**63)
+            generator = torch.Generator(self.target.device).manual_seed(ranks.mix(seed, start))
             yield self.decode_batch(prompts[start : start + batch_size], generator)
 
     def check(self, prompt: list[int], index: int = 0) -> None:
         """Refuse an empty prompt or one without room for the response."""
         if not prompt:
             raise PromptError(f"Prompt {index} is empty: give it at least one token.")
-        room = self.target.max_positions - self.max_new_tokens - self.block_size
+        limit = self.rules.max_new_tokens
+        room = self.target.max_positions - limit - self.block_size
         if len(prompt) > room:
             raise PromptError(
-                f"Prompt {index} has {len(prompt)} tokens; with max_new_tokens={self.max_new_tokens} the target's "
+                f"Prompt {index} has {len(prompt)} tokens; with max_new_tokens={limit} the target's "
                 f"context of {self.target.max_positions} leaves {max(room, 0)}. Shorten the prompt or max_new_tokens."
             )
 
@@ -118,11 +108,11 @@ class Decoder:
         device = target.device
         step = compiled_step(device.type == "cuda") if self.compiled else decoding_step
         # CUDA graphs want the same shapes and the same memory in every step: nothing shrinks or grows.
-        rigid = self.compiled and device.type == "cuda"
+        static_shapes = self.compiled and device.type == "cuda"
         results = [Decoded(list(p)) for p in prompts]
         longest = max(len(p) for p in prompts)
-        capacity = longest + self.max_new_tokens + size
-        if rigid:
+        capacity = longest + self.rules.max_new_tokens + size
+        if static_shapes:
             capacity = -(-capacity // CAPACITY_STEP) * CAPACITY_STEP
         cache = target.new_cache(capacity)
         ids = torch.zeros(len(prompts), longest, dtype=torch.long, device=device)
@@ -131,13 +121,13 @@ class Decoder:
         anchors = torch.tensor([len(p) for p in prompts], device=device)
         reading = target.read(ids, cache)
         last = reading.hidden[torch.arange(len(prompts), device=device), anchors - 1]
-        tokens = self.sampling.choose(target.head.logits(last), generator)
+        tokens = self.rules.sampling.choose(target.head.logits(last), generator)
         state = None
         if drafter is not None:
             state = drafter.start(capacity)
             every = torch.arange(longest, device=device).expand(len(prompts), -1)
             drafter.observe(target, state, reading.features, ids, every)
-        if rigid:
+        if static_shapes:
             for store in (*cache.stores, *(drafter.stores(state) if drafter else ())):
                 store.stay()
         for result, token in zip(results, tokens.tolist(), strict=True):
@@ -147,13 +137,13 @@ class Decoder:
             alive = [i for i, row in enumerate(rows) if not results[row].finish]
             if not alive:
                 return results
-            if len(alive) < len(rows) and not rigid:
+            if len(alive) < len(rows) and not static_shapes:
                 keep = torch.tensor(alive, device=device)
                 rows, anchors, tokens = [rows[i] for i in alive], anchors[keep], tokens[keep]
                 cache.select(keep)
                 if drafter is not None:
                     drafter.select(state, keep)
-            visible = capacity - size if rigid else max(len(results[row].tokens) for row in rows) - 1
+            visible = capacity - size if static_shapes else max(len(results[row].tokens) for row in rows) - 1
             block, accepted, tokens = step(
                 target, drafter, self.rules, cache, state, anchors, tokens, visible, generator
             )
@@ -176,14 +166,14 @@ class Decoder:
 
     def _emit(self, result: Decoded, tokens: list[int]) -> int:
         """Append tokens up to a stop token or the limit; says how many were kept."""
-        room = self.max_new_tokens - len(result.response)
+        room = self.rules.max_new_tokens - len(result.response)
         kept = tokens[:room]
-        stopped = next((i for i, token in enumerate(kept) if token in self.stop), None)
+        stopped = next((i for i, token in enumerate(kept) if token in self.rules.stop), None)
         if stopped is not None:
             kept = kept[: stopped + 1]
         result.response += kept
         if stopped is not None:
             result.finish = "stop"
-        elif len(result.response) >= self.max_new_tokens:
+        elif len(result.response) >= self.rules.max_new_tokens:
             result.finish = "length"
         return len(kept)

@@ -11,19 +11,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.verify import Verdict, verify_matching, verify_rejection
 from draftopd.drafters.base import Drafter
 from draftopd.targets.cache import PositionCache
 from draftopd.targets.target import Target
-
-
-class Rules(NamedTuple):
-    """How tokens are chosen: the target's warping, the drafter's, and whether by rejection sampling."""
-
-    target: Sampling
-    draft: Sampling
-    rejection: bool
 
 
 class StepOutput(NamedTuple):
@@ -61,9 +53,9 @@ def decoding_step(
     logits = target.head.logits(reading.hidden)
     verdict: Verdict
     if probs is not None:
-        verdict = verify_rejection(block[:, 1:], probs, rules.target.probabilities(logits), generator)
+        verdict = verify_rejection(block[:, 1:], probs, rules.sampling.probabilities(logits), generator)
     else:
-        verdict = verify_matching(block[:, 1:], rules.target.choose(logits, generator))
+        verdict = verify_matching(block[:, 1:], rules.sampling.choose(logits, generator))
     return StepOutput(block, verdict.accepted, verdict.token)
 
 
@@ -85,8 +77,8 @@ def _draft(
     def choose(hidden: Tensor) -> Tensor:
         logits = head.target_logits(hidden)
         if rules.rejection:
-            distributions.append(rules.draft.probabilities(logits)[:, 0])
-        return rules.draft.choose(logits, generator)
+            distributions.append(rules.draft_sampling.probabilities(logits)[:, 0])
+        return rules.draft_sampling.choose(logits, generator)
 
     draft = drafter.draft(target, state, anchors, tokens, visible, choose)
     probs = torch.cat(distributions, dim=-2) if distributions else None

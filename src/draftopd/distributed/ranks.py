@@ -23,9 +23,17 @@ def count() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def mix(seed: int, *numbers: int) -> int:
+    """A seed for one of many draws under the same ``seed``, told apart by ``numbers``; fits a torch generator."""
+    for number in numbers:
+        seed = seed * 1_000_003 + number
+    return seed % 2**63
+
+
 def own(seed: int) -> int:
     """A seed for draws of this process's own; the seed itself in the first process."""
-    return seed + 15_485_863 * (dist.get_rank() if count() > 1 else 0)
+    rank = dist.get_rank() if count() > 1 else 0
+    return mix(seed, rank) if rank else seed
 
 
 def is_first() -> bool:

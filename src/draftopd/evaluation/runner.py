@@ -14,6 +14,7 @@ from draftopd.data.prompts import Messages, PromptEncoder
 from draftopd.decoding.draft_text import blocks_of
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
+from draftopd.distributed import ranks
 from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
@@ -72,7 +73,7 @@ class _Run:
     ) -> None:
         self.target, self.tokenizer, self.settings = target, tokenizer, settings
         self.encoder = PromptEncoder(tokenizer, settings.thinking, max_tokens=target.max_positions)
-        common = settings.sampling, settings.verification, settings.max_new_tokens, stop, settings.compiled
+        common = settings.rules(stop), settings.compiled
         self.plain = Decoder(target, None, *common)
         self.drafted = {name: Decoder(target, drafter, *common) for name, drafter in drafters.items()}
         self.decoders = [self.plain, *self.drafted.values()]
@@ -134,7 +135,7 @@ class _Run:
 
     def _in_turns(self, prompts: list[list[int]]) -> dict[Decoder, tuple[list[Decoded], float]]:
         """Every decoder's texts and seconds; which goes first changes from batch to batch."""
-        seed = self.settings.seed * 1_000_003 + self.batches_done
+        seed = ranks.mix(self.settings.seed, self.batches_done)
         if self.batches_done == 0:
             for decoder in self.decoders:
                 self._timed(decoder, prompts, seed)

@@ -15,7 +15,7 @@ from typing import Any, Literal
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.errors import ConfigError, ServerError
 from draftopd.io.connection import Address, Line
 from draftopd.io.json_text import whole
@@ -31,9 +31,7 @@ BY_POSITION = "vllm:spec_decode_num_accepted_tokens_per_pos"
 class Asking:
     """What every request asks for."""
 
-    sampling: Sampling
-    max_new_tokens: int
-    stop: frozenset[int]
+    rules: Rules
     seed: int = 0
 
 
@@ -170,7 +168,7 @@ class ServerEngine:
             return served
         plain = measured[self.plain]
         pairs = [(a.tokens, b.tokens) for a, b in zip(own.answers, plain.answers, strict=True) if a.tokens and b.tokens]
-        compared = len(pairs) if asking.sampling.greedy and pairs else None
+        compared = len(pairs) if asking.rules.sampling.greedy and pairs else None
         equal = sum(a == b for a, b in pairs) if compared else None
         return Served(
             **asdict(served)
@@ -240,7 +238,7 @@ class _Server:
                 else:
                     body = completion_body(asking, self.model or "", prompts[place], token_ids=True)
                     answer = line.send("POST", "/v1/completions", body)
-                return place, self._read(answer, asking.max_new_tokens, time.perf_counter() - began)
+                return place, self._read(answer, asking.rules.max_new_tokens, time.perf_counter() - began)
 
             for answers in line.answers(one, range(len(prompts))):
                 found |= dict(answers)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 import torch
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.errors import ConfigError
@@ -65,6 +66,10 @@ class Settings:
     @property
     def sampling(self) -> Sampling:
         return Sampling(self.temperature, self.top_k, self.top_p)
+
+    def rules(self, stop: frozenset[int]) -> Rules:
+        """How responses that end at these token ids are drawn and verified."""
+        return Rules(self.sampling, self.verification, stop, self.max_new_tokens)
 
     def tolerance(self, dtype: torch.dtype) -> float:
         """The logit gap of a tie for a target of this precision."""

@@ -11,7 +11,7 @@ from typing import Any
 from draftopd.data.prompts import read_rows
 from draftopd.errors import PromptError
 from draftopd.evaluation.benchmark import Example
-from draftopd.io.hub import limit_waiting
+from draftopd.io.datasets import load_dataset
 from draftopd.io.json_text import is_text, listed
 
 #: Seed of the choice where a suite has more rows than are decoded.
@@ -114,15 +114,5 @@ class Suite:
         return [row for _, row in read_rows(path, f"benchmark.{self.name}")]
 
     def _hub(self) -> list[dict[str, Any]]:
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise PromptError("Suites from the hub need the datasets package: pip install datasets.") from error
-        limit_waiting()
-        try:
-            return list(load_dataset(self.dataset, self.subset, split=self.split))
-        except Exception as error:
-            raise PromptError(
-                f"The dataset {self.dataset} could not be had ({type(error).__name__}). "
-                f"Use benchmark.{self.name}.path=FILE for a local copy in its schema."
-            ) from error
+        instead = f"Use benchmark.{self.name}.path=FILE for a local copy in its schema."
+        return list(load_dataset(self.dataset, self.subset, self.split, instead=instead))

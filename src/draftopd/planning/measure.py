@@ -2,38 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from draftopd.decoding.generate import Decoder
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.losses.base import Loss
 from draftopd.metrics.agreement import slot_agreement
 from draftopd.planning.sizes import Attention
 from draftopd.replay.batch import ReplayBatch
-from draftopd.replay.replay import replay
+from draftopd.replay.blocks import Blocks
+from draftopd.replay.replay import draft, read
 from draftopd.targets.target import Target
-from draftopd.training.stopwatch import Stopwatch
 
 _MARK = "moment:"
-
-
-class _Marks(Stopwatch):
-    """Marks replay's sections in the profile; the target's second one is the scoring."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.names = {"target": ["read", "score"], "drafter": ["draft"]}
-
-    @contextmanager
-    def __call__(self, section: str) -> Iterator[None]:
-        with record_function(_MARK + self.names[section].pop(0)):
-            yield
 
 
 def step_peaks(
@@ -52,16 +39,25 @@ def step_peaks(
         attention: the kernel that attention is held to.
         measured: as at the steps that log how target and drafter agree.
     """
-    marks = _Marks()
     kernel = sdpa_kernel(SDPBackend.MATH) if attention == "math" else nullcontext()
+
+    def replayed() -> Blocks:
+        scope = loss.scope
+        with record_function(_MARK + "read"):
+            reading = read(target, batch, states=scope != "none" or measured)
+        with record_function(_MARK + "draft"):
+            propose = loss.uses_proposals or scope != "none" or measured
+            forced = scope in ("recorded", "none")
+            drafts = draft(target, drafter, reading, batch, Rules(), forced=forced, propose=propose)
+        with record_function(_MARK + "score"):
+            blocks = drafts.blocks(scope)
+            if measured:
+                slot_agreement(drafts.scored())
+        return blocks
 
     def step() -> None:
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast), kernel:
-            blocks = replay(
-                target, drafter, batch, Sampling(), frozenset(), teacher=loss.scope, clock=marks,
-                measure=slot_agreement if measured else None,  # type: ignore[arg-type]
-                propose=loss.uses_proposals,
-            )  # fmt: skip
+            blocks = replayed()
             with record_function(_MARK + "loss"):
                 value = loss(blocks).loss
         del blocks
@@ -73,7 +69,7 @@ def step_peaks(
 
 def decoding_peak(target: Target, drafter: Drafter, prompts: list[list[int]], max_new_tokens: int) -> int:
     """Bytes that decoding a batch holds at most, beyond what was held before."""
-    decoder = Decoder(target, drafter, max_new_tokens=max_new_tokens)
+    decoder = Decoder(target, drafter, Rules(max_new_tokens=max_new_tokens))
     return _peaks(lambda: decoder.decode_batch(prompts))[""]
 
 

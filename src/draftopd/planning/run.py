@@ -20,7 +20,7 @@ class Texts:
         drafted: with the drafter's help.
         walk: how anchors are found on them without decoding; None: they are not.
         blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
-        every_n_steps: steps between renewals of anchors within an epoch; None: none. 1: in the step itself.
+        fresh: the walk is done in every training step instead of once per refresh.
         decoded_by: the configuration group whose ``batch_size`` the decoding has.
     """
 
@@ -28,7 +28,7 @@ class Texts:
     drafted: bool = True
     walk: Decoding | None = None
     blocks_at_once: int = 0
-    every_n_steps: int | None = None
+    fresh: bool = False
     decoded_by: str = "rollout"
 
 
@@ -113,16 +113,13 @@ class Run:
             one = self._decoding(given, texts.decoding, texts.drafted)
             found["rollouts"] = one * batches * self.refreshes
         if texts.walk:
-            if texts.every_n_steps == 1:
+            if texts.fresh:
                 renewed = replace(self._mean(texts.walk), rows=self.step.batch)
                 one = work.walking(t, d, renewed, given.tau, False, self.sharing).seconds(given)
                 found["anchors"] = one * self.batches * self.epochs
             else:
                 one = work.walking(t, d, self._mean(texts.walk), given.tau, True, self.sharing).seconds(given)
-                texts_seen = self.refreshes * self.prompts / self.devices
-                if texts.every_n_steps:
-                    texts_seen = self.batches * self.epochs * self.step.batch
-                found["anchors"] = one * texts_seen / texts.walk.rows
+                found["anchors"] = one * self.refreshes * self.prompts / self.devices / texts.walk.rows
         if self.validations:
             batches = -(-self.validation_prompts // (self.devices * self.validation.rows))
             found["validations"] = self._decoding(given, self.validation, True) * batches * self.validations
@@ -160,8 +157,9 @@ class Run:
             )
         if phase == "walk" and texts.walk and texts.walk.rows > 1:
             rows, blocks = texts.walk.rows // 2, max(1, texts.blocks_at_once // 2)
+            batch = "data.batch_size" if texts.fresh else "rollout.batch_size"
             yield (
-                f"rollout.batch_size={rows} rollout.blocks_at_once={blocks}",
+                f"{batch}={rows} rollout.blocks_at_once={blocks}",
                 replace(self, texts=replace(texts, walk=replace(texts.walk, rows=rows), blocks_at_once=blocks)),
             )
         if phase == "validation" and self.validation.rows > 1:

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor
 
 from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.replay import Reading
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.walk import Texts, Walker, text_seed
 from draftopd.targets.target import Target
 
 
 class FreshAnchors:
-    """Walks a replay batch; the target's forward is the one that the replay needs anyway.
+    """Walks the texts of a replay batch, which the target has read for the step anyway.
 
     Args:
         walker: finds the blocks.
@@ -23,26 +23,24 @@ class FreshAnchors:
     def __init__(self, walker: Walker, policy: AnchorPolicy) -> None:
         self.walker, self.policy = walker, policy
 
+    @property
+    def needs_states(self) -> bool:
+        """Whether the walk needs the target's states too: above temperature 0 under rejection sampling."""
+        return self.walker.coupled
+
     def renew(
-        self,
-        target: Target,
-        drafter: Drafter,
-        batch: ReplayBatch,
-        features: Tensor,
-        states: Tensor | None,
-        seed: int,
-        step: int,
+        self, target: Target, drafter: Drafter, batch: ReplayBatch, reading: Reading, seed: int, step: int
     ) -> ReplayBatch:
         """The batch at this drafter's anchors.
 
         Args:
-            features: ``[rows, n, taps * hidden]``, as the drafter reads them.
-            states: ``[rows, n, hidden]``, needed where the walker is ``coupled``.
-            seed: of the coupling's draws, and of which anchors stay where there are too many.
-            step: optimizer steps the drafter has taken.
+            reading: the target's reading of the batch, with states where :attr:`needs_states`.
+            seed: of the coupling's draws, and of which anchors are kept where there are too many.
+            step: optimizer steps that the drafter has taken.
         """
-        states = None if states is None else batch.unpacked(states)
-        texts = Texts(batch.unpacked(batch.ids), batch.starts, batch.lengths, batch.unpacked(features), states)
+        states = batch.unpacked(reading.states) if reading.states is not None and self.needs_states else None
+        features = batch.unpacked(reading.features)
+        texts = Texts(batch.unpacked(batch.ids), batch.starts, batch.lengths, features, states)
         rows = zip(texts.ids.tolist(), batch.lengths.tolist(), strict=True)
         seeds = [text_seed(seed, ids[:length]) for ids, length in rows]
         visited = self.walker.walk(target, drafter, texts, seeds)

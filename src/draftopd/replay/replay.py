@@ -1,142 +1,211 @@
-"""Replay: draft again at recorded anchors, and let the target score the drafter's own tokens.
+"""Replay in three stages: the target reads the recorded texts, the drafter drafts at the anchors, blocks are compared.
 
-One target forward over the recorded tokens, one drafter pass over all anchors, one target pass over
-all blocks; then the accepted lengths follow (method: "Replay and the two streams").
+    reading = read(target, batch)
+    drafts = draft(target, drafter, reading, batch, rules)
+    blocks = drafts.blocks("proposals")
+
+One forward of the target over the recorded tokens, one pass of the drafter over all anchors and, where a loss needs
+it, one pass of the target over the drafter's own tokens (method: "Replay and the two streams").
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verification, accepted_prefix
+from draftopd.decoding.verify import accepted_prefix
 from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
+from draftopd.targets.cache import PositionCache
 from draftopd.targets.head import LMHead, best_tokens
 from draftopd.targets.target import Target
-from draftopd.training.stopwatch import Stopwatch
-
-#: Chooses anchors once the target's features ``[rows, n, taps * hidden]`` and states ``[rows, n, hidden]`` (None
-#: where they were not computed) are known.
-Reanchor = Callable[[ReplayBatch, Tensor, "Tensor | None"], ReplayBatch]
 
 
-def replay(
-    target: Target,
-    drafter: Drafter,
-    batch: ReplayBatch,
-    sampling: Sampling,
-    stop: frozenset[int],
-    teacher: Scope = "proposals",
-    generator: torch.Generator | None = None,
-    clock: Stopwatch | None = None,
-    reanchor: Reanchor | None = None,
-    with_states: bool = False,
-    verification: Verification = "rejection_sampling",
-    measure: Callable[[Blocks], None] | None = None,
-    propose: bool = True,
-) -> Blocks:
-    """The batch's blocks, with gradients on the drafter's side.
+@dataclass(frozen=True)
+class Reading:
+    """The target's forward over the recorded tokens of a batch.
 
     Args:
-        sampling: how proposals are chosen and accepted, as in the rollout.
-        stop: token ids that end a text; slots after a proposed one do not count.
-        teacher: which of the target's states to give. ``proposals``: the target scores the drafter's own
-            tokens. ``until_fail``: its states on the recorded tokens, which up to the first rejection are the
-            same at temperature 0, so nothing is scored again; slots without a recorded token do not count.
-            ``recorded``: its states on the recorded tokens in every slot that has one. ``none``: no states. But for
-            the first, a proposal counts as accepted while it equals the recorded token. In the last two an
-            autoregressive drafter goes on from the recorded tokens instead of its own, as in SFT. Above temperature
-            0 proposals are drawn anew and ``until_fail`` becomes ``proposals``.
-        clock: told how long target and drafter took.
-        reanchor: chooses the anchors now, from the target's features; default the batch's own.
-        with_states: give it the target's states even where the loss needs none.
-        verification: acceptance rule above temperature 0; ``target_only`` proposes the drafter's best tokens.
-        measure: told the same blocks with every slot scored by the target, whatever the loss needs; valid there are
-            also slots whose token the drafter's vocabulary lacks.
-        propose: False spares the LM head's pass that finds the proposals, where they matter to nothing: with
-            ``teacher="none"`` and without ``measure``. The recorded tokens then stand for them, none of them accepted.
+        features: ``[rows, n, taps * hidden]``, outputs of the tapped layers: what the drafter reads.
+        states: ``[rows, n, hidden]`` after the final norm, or None where nothing needs them.
+        cache: the target's keys and values of these tokens, for scoring blocks.
     """
-    clock = clock or Stopwatch()
-    if teacher == "until_fail" and not sampling.greedy:
-        teacher = "proposals"
-    cache, begins = target.new_cache(batch.ids.shape[1]), batch.begins
-    with clock("target"):
-        if teacher == "none" and not with_states and measure is None:
-            states, features = None, target.read_features(batch.ids, begins)
-        else:
-            states, features = target.read(batch.ids, cache, begins=begins)
-    if reanchor is not None:
-        with clock("walk"):
-            batch = reanchor(batch, features, states)
-    width = batch.ids.shape[1]
-    slots = torch.arange(1, drafter.block_size, device=batch.ids.device)
-    places = batch.anchors[..., None] + slots
+
+    features: Tensor
+    states: Tensor | None
+    cache: PositionCache
+
+
+def read(target: Target, batch: ReplayBatch, states: bool = True) -> Reading:
+    """Stage 1: read the recorded tokens once.
+
+    Args:
+        target: tapped for the drafter.
+        states: False stops at the last tapped layer; blocks can then be had with scope ``none`` only.
+    """
+    cache = target.new_cache(batch.ids.shape[1])
+    if not states:
+        return Reading(target.read_features(batch.ids, batch.begins), None, cache)
+    hidden, features = target.read(batch.ids, cache, begins=batch.begins)
+    return Reading(features, hidden, cache)
+
+
+def draft(
+    target: Target,
+    drafter: Drafter,
+    reading: Reading,
+    batch: ReplayBatch,
+    rules: Rules,
+    *,
+    forced: bool = False,
+    propose: bool = True,
+    generator: torch.Generator | None = None,
+) -> Drafts:
+    """Stage 2: draft at the batch's anchors, with gradients on the drafter's side.
+
+    Args:
+        rules: how proposals are picked and verified, as in the rollout. Above temperature 0 they are drawn anew.
+        forced: an autoregressive drafter goes on from the recorded tokens instead of its own, as in SFT.
+        propose: False skips the LM head's pass that finds the proposals, for losses that need none. The recorded tokens
+            then stand for them, and none of them counts as accepted.
+        generator: of the draws above temperature 0.
+    """
+    ids, begins = batch.ids, batch.begins
+    slots = torch.arange(1, drafter.block_size, device=ids.device)
+    positions = batch.anchors[..., None] + slots
     ends = _ends(batch, begins)[..., None]
-    recorded = places < ends
-    labels = batch.ids[:, None].expand(-1, places.shape[1], -1).gather(2, torch.minimum(places, ends - 1))
+    recorded = positions < ends
+    labels = ids[:, None].expand(-1, positions.shape[1], -1).gather(2, torch.minimum(positions, ends - 1))
     head = drafter.head(target)
-    forced = drafter.autoregressive and teacher in ("recorded", "none")
-    draft_sampling = sampling if verification == "rejection_sampling" else Sampling()
-    propose = propose or teacher != "none" or measure is not None
-    own: list[Tensor] = []
+    forced = forced and drafter.autoregressive
+    proposed: list[Tensor] = []
 
     def choose(hidden: Tensor) -> Tensor:
-        begin = sum(part.shape[-1] for part in own)
+        begin = sum(part.shape[-1] for part in proposed)
         part = slice(begin, begin + hidden.shape[-2])
-        tokens = _choose(hidden, head, draft_sampling, generator) if propose else labels[..., part]
-        own.append(tokens)
+        tokens = _choose(hidden, head, rules.draft_sampling, generator) if propose else labels[..., part]
+        proposed.append(tokens)
         return torch.where(recorded[..., part], labels[..., part], tokens) if forced else tokens
 
-    with clock("drafter"):
-        draft = drafter.replay(target, features, batch.ids, batch.anchors, choose, begins)
+    drafted = drafter.replay(target, reading.features, ids, batch.anchors, choose, begins)
     kept = batch.anchor_mask
-    student, proposals = draft.hidden[kept], torch.cat(own, -1)[kept]
-    labels, recorded = labels[kept], recorded[kept]
-    valid = _until_stop(proposals, stop)
+    rows = torch.arange(len(ids), device=ids.device)[:, None].expand_as(kept)[kept]
+    return Drafts(
+        target, head, reading, batch, rules, generator, propose,
+        followed=drafted.tokens, hidden=drafted.hidden[kept], proposals=torch.cat(proposed, -1)[kept],
+        labels=labels[kept], recorded=recorded[kept], rows=rows, before=torch.minimum(positions, ends)[kept] - 1,
+    )  # fmt: skip
 
-    def scored() -> Blocks:
-        """The blocks with the target's states along the tokens that the drafter went on from."""
-        with clock("target"):
-            tokens = torch.cat([batch.ids.gather(1, batch.anchors)[..., None], draft.tokens[..., :-1]], dim=-1)
-            target_states = target.score_blocks(cache, width, batch.anchors, tokens, begins)[kept]
-            possible = valid
-            if verification == "rejection_sampling" and not sampling.greedy:
-                accepted = _accepted(student.detach(), target_states, proposals, head, target.head, sampling, generator)
-            else:
-                chosen = _choose(target_states, target.head, sampling, generator)
-                accepted = accepted_prefix(proposals == chosen)
-                possible = valid & head.covers(chosen)
-        return Blocks(student, target_states, head, proposals, labels, accepted, possible, recorded, target.head)
 
-    if teacher == "proposals":
-        blocks = scored()
-        if measure is not None:
-            measure(replace(blocks, valid=valid))
-        return blocks
-    accepted = accepted_prefix((proposals == labels) & recorded & propose)
-    if teacher == "none" or states is None:
-        blocks = Blocks(student, None, head, proposals, labels, accepted, valid, recorded, target.head)
-    else:
-        before = torch.minimum(places, ends)[kept] - 1
-        rows = torch.arange(len(batch.ids), device=batch.ids.device)[:, None].expand_as(kept)[kept]
-        if teacher == "recorded":
-            # The text has the recorded stop token, if any; what the drafter proposed there does not end it.
-            usable = recorded & head.covers(labels)
-        else:
-            # Beyond the first rejection these states follow other tokens than the drafter's: out of bounds.
-            usable = valid & recorded & head.covers(labels) & (slots - 1 <= accepted[:, None])
-        blocks = Blocks(
-            student, states[rows[:, None], before], head, proposals, labels, accepted, usable, recorded, target.head
+@dataclass(frozen=True)
+class Drafts:
+    """Drafted blocks, flattened over batch and anchors to ``N`` blocks of ``K`` slots, before they are compared.
+
+    Args:
+        followed: ``[rows, A, K]`` the tokens that the drafter went on from.
+        hidden: ``[N, K, hidden]`` the drafter's states, carrying gradients.
+        proposals, labels: ``[N, K]`` the drafter's and the recorded tokens.
+        recorded: ``[N, K]`` slots that have a recorded token.
+        rows, before: ``[N]`` the row of each block, and ``[N, K]`` the position before each slot in it.
+    """
+
+    target: Target
+    head: LMHead
+    reading: Reading
+    batch: ReplayBatch
+    rules: Rules
+    generator: torch.Generator | None
+    proposed: bool
+    followed: Tensor
+    hidden: Tensor
+    proposals: Tensor
+    labels: Tensor
+    recorded: Tensor
+    rows: Tensor
+    before: Tensor
+
+    def blocks(self, scope: Scope) -> Blocks:
+        """Stage 3: the blocks as a loss of this scope sees them.
+
+        Only slots that may count are valid: those up to the first proposed stop token whose token the drafter's
+        vocabulary has. In scope ``proposals`` acceptance is decided by the target; in the others a proposal counts as
+        accepted while it equals the recorded token. Above temperature 0 proposals differ from the recorded text, and
+        ``until_fail`` is the same as ``proposals``.
+        """
+        if scope == "until_fail" and not self.rules.sampling.greedy:
+            scope = "proposals"
+        if scope == "proposals":
+            states, accepted, covered = self._scored
+            return self._blocks(states, accepted, self.valid & covered)
+        accepted = accepted_prefix((self.proposals == self.labels) & self.recorded)
+        if not self.proposed:
+            accepted = torch.zeros_like(accepted)
+        if scope == "none":
+            return self._blocks(None, accepted, self.valid)
+        assert self.reading.states is not None
+        states = self.reading.states[self.rows[:, None], self.before]
+        known = self.recorded & self.head.covers(self.labels)
+        if scope == "recorded":
+            # A recorded stop token ends the text; what the drafter proposed there does not.
+            return self._blocks(states, accepted, known)
+        # Beyond the first rejection these states follow other tokens than the drafter's.
+        slots = torch.arange(self.proposals.shape[1], device=self.proposals.device)
+        return self._blocks(states, accepted, self.valid & known & (slots <= accepted[:, None]))
+
+    def scored(self) -> Blocks:
+        """The blocks with every slot up to a proposed stop token scored by the target, to measure how both agree."""
+        states, accepted, _ = self._scored
+        return self._blocks(states, accepted, self.valid)
+
+    @cached_property
+    def valid(self) -> Tensor:
+        """``[N, K]`` True up to and including the first proposed stop token."""
+        ends = torch.tensor(sorted(self.rules.stop), dtype=self.proposals.dtype, device=self.proposals.device)
+        stops = torch.isin(self.proposals, ends).long()
+        return stops.cumsum(-1) - stops == 0
+
+    @cached_property
+    def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
+        """The target's states along the tokens that the drafter went on from, ``[N, K, hidden]``; the accepted lengths
+        ``[N]``; and the slots ``[N, K]`` whose token, as the target chooses it, the drafter's vocabulary has."""
+        batch, target = self.batch, self.target
+        tokens = torch.cat([batch.ids.gather(1, batch.anchors)[..., None], self.followed[..., :-1]], dim=-1)
+        states = target.score_blocks(self.reading.cache, batch.ids.shape[1], batch.anchors, tokens, batch.begins)
+        states = states[batch.anchor_mask]
+        if self.rules.rejection:
+            return states, self._tested(states), torch.ones_like(self.recorded)
+        chosen = _choose(states, target.head, self.rules.sampling, self.generator)
+        return states, accepted_prefix(self.proposals == chosen), self.head.covers(chosen)
+
+    @torch.no_grad()
+    def _tested(self, states: Tensor) -> Tensor:
+        """Accepted lengths ``[N]`` under rejection sampling."""
+        target_head, sampling, accepts = self.target.head, self.rules.sampling, []
+        sides = target_head.chunks(self.hidden.detach(), states, self.proposals, per_row=self.proposals.shape[1])
+        for drafted, scored, tokens in sides:
+            q = sampling.probabilities(self.head.target_logits(drafted)).gather(-1, tokens[..., None])[..., 0]
+            p = sampling.probabilities(target_head.logits(scored)).gather(-1, tokens[..., None])[..., 0]
+            accepts.append(torch.rand(q.shape, generator=self.generator, device=q.device) * q < p)
+        return accepted_prefix(torch.cat(accepts)) if accepts else self.proposals.new_zeros(0)
+
+    def _blocks(self, states: Tensor | None, accepted: Tensor, valid: Tensor) -> Blocks:
+        return Blocks(
+            self.hidden,
+            states,
+            self.head,
+            self.proposals,
+            self.labels,
+            accepted,
+            valid,
+            self.recorded,
+            self.target.head,
         )
-    if measure is not None:
-        measure(replace(scored(), valid=valid))
-    return blocks
 
 
 def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
@@ -146,35 +215,10 @@ def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
     return batch.layout.ends(batch.ids, batch.lengths).gather(1, begins.gather(1, batch.anchors))
 
 
+@torch.no_grad()
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     if sampling.greedy:
         return best_tokens(hidden, head)
     flat = hidden.detach().flatten(0, -2)
-    with torch.no_grad():
-        parts = [sampling.choose(head.target_logits(part), generator) for (part,) in head.chunks(flat)]
+    parts = [sampling.choose(head.target_logits(part), generator) for (part,) in head.chunks(flat)]
     return torch.cat(parts).view(hidden.shape[:-1])
-
-
-@torch.no_grad()
-def _accepted(
-    student: Tensor,
-    teacher: Tensor,
-    proposals: Tensor,
-    head: LMHead,
-    target_head: LMHead,
-    sampling: Sampling,
-    generator: torch.Generator | None,
-) -> Tensor:
-    """Accepted lengths ``[N]`` of blocks ``[N, K]`` under rejection sampling."""
-    accepts = []
-    for s, t, d in target_head.chunks(student, teacher, proposals, per_row=proposals.shape[1]):
-        q = sampling.probabilities(head.target_logits(s)).gather(-1, d[..., None])[..., 0]
-        p = sampling.probabilities(target_head.logits(t)).gather(-1, d[..., None])[..., 0]
-        accepts.append(torch.rand(q.shape, generator=generator, device=q.device) * q < p)
-    return accepted_prefix(torch.cat(accepts)) if accepts else proposals.new_zeros(0)
-
-
-def _until_stop(proposals: Tensor, stop: frozenset[int]) -> Tensor:
-    """``[N, K]`` True up to and including the first proposed stop token."""
-    stops = torch.isin(proposals, torch.tensor(sorted(stop), dtype=proposals.dtype, device=proposals.device))
-    return stops.long().cumsum(-1) - stops.long() == 0

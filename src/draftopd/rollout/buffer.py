@@ -17,7 +17,9 @@ from pathlib import Path
 from types import TracebackType
 
 from safetensors import SafetensorError
+from typing_extensions import Self
 
+from draftopd.decoding.generate import Decoded
 from draftopd.errors import BufferError, FileError
 from draftopd.io.files import checksum, inside, read_json, sync, write_json, writing
 from draftopd.io.json_text import shown, whole
@@ -40,6 +42,11 @@ class Recorded:
     accepted: list[int]
     emitted: list[int]
     step: int | None = None
+
+    @classmethod
+    def of(cls, decoded: Decoded) -> Self:
+        """A decoded text with the blocks that it was drafted in."""
+        return cls(decoded.tokens, len(decoded.prompt), decoded.anchors, decoded.accepted, decoded.emitted)
 
 
 @dataclass(frozen=True)

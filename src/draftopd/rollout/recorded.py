@@ -11,7 +11,7 @@ from typing import Any
 
 from draftopd.data.order import RoundOrder
 from draftopd.errors import PromptError
-from draftopd.io.hub import limit_waiting
+from draftopd.io.datasets import load_dataset
 from draftopd.io.json_text import MAX_LINE, listed, parse_json, shown
 from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Trajectories
@@ -164,18 +164,8 @@ class DatasetTrajectories(RecordedTrajectories):
         seed: int = 0,
     ) -> None:
         super().__init__(prompt_field, response_field, seed)
-        try:
-            from datasets import load_dataset
-        except ImportError as error:
-            raise PromptError("Datasets of trajectories need the datasets package: pip install datasets.") from error
-        limit_waiting()
-        try:
-            self.rows = load_dataset(path, name, split=split, data_files=data_files)
-        except Exception as error:
-            raise PromptError(
-                f"The dataset {path} could not be had ({type(error).__name__} {str(error).partition(chr(10))[0]}). "
-                "Use trajectories=jsonl trajectories.path=FILE for a local copy."
-            ) from error
+        instead = "Use trajectories=jsonl trajectories.path=FILE for a local copy."
+        self.rows = load_dataset(path, name, split, data_files, instead=instead)
         self.path = path
         if not len(self.rows):
             raise PromptError(f"The dataset {path} holds no trajectories: give at least one.")

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.targets.target import Target
 
@@ -22,8 +22,8 @@ class Trajectory(NamedTuple):
     @classmethod
     def ended(cls, prompt: list[int], response: list[int], request: Request) -> Trajectory:
         """The text up to the response's first stop token, or the limit."""
-        end = next((i for i, token in enumerate(response) if token in request.stop), len(response) - 1) + 1
-        return cls(prompt, response[: min(end, request.max_new_tokens)])
+        end = next((i for i, token in enumerate(response) if token in request.rules.stop), len(response) - 1) + 1
+        return cls(prompt, response[: min(end, request.rules.max_new_tokens)])
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,7 @@ class Request:
         target, drafter, tokenizer: as they are now; no drafter before there is one.
         prompts: gives the stretch's prompts as token ids.
         places: the stretch in the endless stream of prompts; in distributed runs each rank asks for its share.
-        stop: token ids that end a response.
-        sampling: how responses are drawn.
-        max_new_tokens: response limit.
+        rules: how responses are drawn, verified and ended.
         max_prompt_tokens: longer prompts are left out.
         seed: of the draws.
         progress: told how many texts and tokens were produced.
@@ -47,9 +45,7 @@ class Request:
     tokenizer: PreTrainedTokenizerBase
     prompts: Callable[[], list[list[int]]]
     places: range
-    stop: frozenset[int]
-    sampling: Sampling
-    max_new_tokens: int
+    rules: Rules
     max_prompt_tokens: int
     seed: int
     progress: Callable[[int, int], None] = lambda texts, tokens: None

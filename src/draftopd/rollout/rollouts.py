@@ -1,196 +1,151 @@
-"""Rollouts: from a stretch of prompts to recorded sequences with the current drafter's anchors."""
+"""Rollouts: from a range of prompts to recorded sequences, with or without the current drafter's anchors."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
-from typing import Protocol
+from typing import Literal
 
 import torch
 from pydantic import PositiveInt
 
 from draftopd.decoding.generate import Decoder
-from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verification
+from draftopd.decoding.rules import Rules
 from draftopd.distributed import ranks
-from draftopd.drafters.base import Drafter
 from draftopd.rollout.buffer import Recorded
-from draftopd.rollout.request import Request, Trajectory
+from draftopd.rollout.request import Request
 from draftopd.rollout.trajectories import Trajectories
 from draftopd.rollout.walk import Walker, text_seed
-from draftopd.targets.target import Target
 
-#: Batches of texts sorted by length together, so that a batch holds texts of like length.
+#: Batches of texts that are sorted by length together, so that a batch holds texts of similar length.
 POOL = 16
 
+#: Where the current drafter's anchors come from: the rollout records them, every training step finds them, or neither.
+AnchorSource = Literal["rollout", "step", "none"]
 
-class Rollout(Protocol):
+
+class Rollout(ABC):
     """From prompts to recorded sequences, batch by batch."""
 
-    sampling: Sampling
-    #: Acceptance rule above temperature 0.
-    verification: Verification
-    max_new_tokens: int
-    #: Whether the recorded sequences carry the current drafter's anchors.
-    records_anchors: bool
+    anchors: AnchorSource
     #: Where the texts come from; None for a rollout that decodes them itself.
-    trajectories: Trajectories | None
-    #: Finds a drafter's anchors on recorded texts; None where that takes decoding.
-    walker: Walker | None
+    trajectories: Trajectories | None = None
 
+    @abstractmethod
     def collect(self, request: Request) -> Iterator[list[Recorded]]: ...
 
     def counts(self) -> Mapping[str, int]:
         """What became of the last request's texts, for the log."""
-
-
-class SpeculativeRollout:
-    """Target-assisted rollout: speculative decoding with the current drafter, anchors recorded.
-
-    Args:
-        batch_size: prompts decoded together.
-        max_new_tokens: response limit.
-        temperature, top_k, top_p: see :class:`Sampling`.
-        verification: acceptance rule above temperature 0.
-        compiled: run the decoding steps through torch.compile.
-    """
-
-    records_anchors = True
-    trajectories = None
-    walker = None
-
-    def __init__(
-        self,
-        batch_size: PositiveInt = 32,
-        max_new_tokens: PositiveInt = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        verification: Verification = "rejection_sampling",
-        compiled: bool = False,
-    ) -> None:
-        self.batch_size, self.compiled = batch_size, compiled
-        self.max_new_tokens = max_new_tokens
-        self.sampling = Sampling(temperature, top_k, top_p)
-        self.verification = verification
-
-    def collect(self, request: Request) -> Iterator[list[Recorded]]:
-        decoder = Decoder(
-            request.target, request.drafter, self.sampling, self.verification, self.max_new_tokens, request.stop,
-            self.compiled,
-        )  # fmt: skip
-        for batch in decoder.decode(request.prompts(), self.batch_size, ranks.own(request.seed)):
-            request.progress(len(batch), sum(len(d.response) for d in batch))
-            yield [Recorded(d.tokens, len(d.prompt), d.anchors, d.accepted, d.emitted) for d in batch]
-
-    def counts(self) -> Mapping[str, int]:
         return {}
 
 
-class TargetRollout:
-    """The target's own texts, without anchors: what SFT trains on.
+class SpeculativeRollout(Rollout):
+    """Target-assisted rollout: speculative decoding with the current drafter, which records its anchors.
+
+    Args:
+        batch_size: prompts decoded together.
+        compiled: run the decoding steps through torch.compile.
+    """
+
+    anchors: AnchorSource = "rollout"
+
+    def __init__(self, batch_size: PositiveInt = 32, compiled: bool = False) -> None:
+        self.batch_size, self.compiled = batch_size, compiled
+
+    def collect(self, request: Request) -> Iterator[list[Recorded]]:
+        decoder = Decoder(request.target, request.drafter, request.rules, self.compiled)
+        for batch in decoder.decode(request.prompts(), self.batch_size, ranks.own(request.seed)):
+            request.progress(len(batch), sum(len(d.response) for d in batch))
+            yield [Recorded.of(d) for d in batch]
+
+
+class TargetRollout(Rollout):
+    """The target's own texts without anchors: what SFT trains on.
 
     Args:
         trajectories: where the texts come from.
-        max_new_tokens: response limit.
-        temperature, top_k, top_p: see :class:`Sampling`.
     """
 
-    records_anchors = False
-    walker: Walker | None = None
-    verification: Verification = "rejection_sampling"
+    anchors: AnchorSource = "none"
+    trajectories: Trajectories
 
-    def __init__(
-        self,
-        trajectories: Trajectories,
-        max_new_tokens: PositiveInt = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-    ) -> None:
+    def __init__(self, trajectories: Trajectories) -> None:
         self.trajectories = trajectories
-        self.max_new_tokens = max_new_tokens
-        self.sampling = Sampling(temperature, top_k, top_p)
 
     def collect(self, request: Request) -> Iterator[list[Recorded]]:
         for batch in self.trajectories.collect(request):
-            yield [_without_anchors(text) for text in batch]
+            yield [Recorded([*text.prompt, *text.response], len(text.prompt), [], [], []) for text in batch]
 
     def counts(self) -> Mapping[str, int]:
         return self.trajectories.counts
 
 
-class DecodeFreeRollout(TargetRollout):
-    """The target's own texts with the current drafter's anchors, found without decoding.
+class FreshRollout(TargetRollout):
+    """The target's own texts; every training step finds the anchors of the drafter as it then is.
+
+    Args:
+        trajectories: where the texts come from.
+        parallel_below, blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
+    """
+
+    anchors: AnchorSource = "step"
+
+    def __init__(self, trajectories: Trajectories, parallel_below: int = 8, blocks_at_once: int = 4096) -> None:
+        super().__init__(trajectories)
+        self.parallel_below, self.blocks_at_once = parallel_below, blocks_at_once
+
+    def walker(self, rules: Rules) -> Walker:
+        """Finds anchors on texts that were drawn by these rules."""
+        return Walker(rules, self.parallel_below, self.blocks_at_once)
+
+
+class DecodeFreeRollout(FreshRollout):
+    """The target's own texts with the current drafter's anchors, found without decoding once per refresh.
 
     Args:
         trajectories: where the texts come from.
         batch_size: texts read and walked together.
-        max_new_tokens: response limit.
-        temperature, top_k, top_p: see :class:`Sampling`; the texts must have been drawn with them.
-        verification: acceptance rule above temperature 0.
-        parallel_below, blocks_at_once: see :class:`Walker`.
+        parallel_below, blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
     """
 
-    records_anchors = True
-    walker: Walker
+    anchors: AnchorSource = "rollout"
 
     def __init__(
         self,
         trajectories: Trajectories,
         batch_size: PositiveInt = 64,
-        max_new_tokens: PositiveInt = 256,
-        temperature: float = 0.0,
-        top_k: int = 0,
-        top_p: float = 1.0,
-        verification: Verification = "rejection_sampling",
         parallel_below: int = 8,
         blocks_at_once: int = 4096,
     ) -> None:
-        super().__init__(trajectories, max_new_tokens, temperature, top_k, top_p)
-        self.batch_size, self.verification = batch_size, verification
-        self.walker = Walker(self.sampling, verification, parallel_below, blocks_at_once)
-
-    def texts_only(self) -> TargetRollout:
-        """The same texts without looking for anchors."""
-        sampling = self.sampling
-        return TargetRollout(
-            self.trajectories, self.max_new_tokens, sampling.temperature, sampling.top_k, sampling.top_p
-        )
+        super().__init__(trajectories, parallel_below, blocks_at_once)
+        self.batch_size = batch_size
 
     def collect(self, request: Request) -> Iterator[list[Recorded]]:
-        drafter = request.drafter
-        assert drafter is not None
         pool: list[Recorded] = []
         for batch in super().collect(request):
             pool += batch
             if len(pool) >= POOL * self.batch_size:
-                yield self.anchored(request.target, drafter, pool, request.seed)
+                yield self._anchored(request, pool)
                 pool = []
         if pool:
-            yield self.anchored(request.target, drafter, pool, request.seed)
+            yield self._anchored(request, pool)
 
-    def anchored(self, target: Target, drafter: Drafter, records: Sequence[Recorded], seed: int) -> list[Recorded]:
-        """The same texts, in the same order, with this drafter's anchors.
-
-        Args:
-            seed: of the draws above temperature 0.
-        """
+    def _anchored(self, request: Request, records: Sequence[Recorded]) -> list[Recorded]:
+        """The same texts, in the same order, with the drafter's anchors."""
+        target, drafter, walker = request.target, request.drafter, self.walker(request.rules)
+        assert drafter is not None
         order = sorted(range(len(records)), key=lambda i: len(records[i].tokens))
         result = list(records)
         for begin in range(0, len(order), self.batch_size):
-            places = order[begin : begin + self.batch_size]
-            batch = [records[i] for i in places]
+            chosen = order[begin : begin + self.batch_size]
+            batch = [records[i] for i in chosen]
             rows = [torch.tensor(r.tokens, device=target.device) for r in batch]
             ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
             starts = torch.tensor([r.prompt_length for r in batch], device=target.device)
             lengths = torch.tensor([len(r.tokens) for r in batch], device=target.device)
-            texts = self.walker.read(target, ids, starts, lengths)
-            visited = self.walker.walk(target, drafter, texts, [text_seed(seed, r.tokens) for r in batch])
-            for i, record, found in zip(places, batch, visited, strict=True):
+            texts = walker.read(target, ids, starts, lengths)
+            visited = walker.walk(target, drafter, texts, [text_seed(request.seed, r.tokens) for r in batch])
+            for i, record, found in zip(chosen, batch, visited, strict=True):
                 result[i] = replace(record, anchors=found.anchors, accepted=found.accepted, emitted=found.emitted)
         return result
-
-
-def _without_anchors(text: Trajectory) -> Recorded:
-    return Recorded([*text.prompt, *text.response], len(text.prompt), [], [], [])

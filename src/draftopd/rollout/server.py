@@ -73,7 +73,7 @@ class ServerTrajectories(GeneratedTrajectories):
         Raises:
             ServerError: if the server cannot be reached, refuses a request, or gives nothing that can be used.
         """
-        if self.api == "text" and request.sampling.top_k:
+        if self.api == "text" and request.rules.sampling.top_k:
             raise ServerError(
                 "A server that returns text only takes no top_k: set rollout.top_k=0, or use "
                 "trajectories.api=token_ids with vLLM or SGLang."
@@ -130,11 +130,11 @@ class ServerTrajectories(GeneratedTrajectories):
                 kept.append(answer)
         if not self.proven_by_tokens(request):
             return kept
-        foreign = foreign_tokens(request.target, kept, request.sampling)
+        foreign = foreign_tokens(request.target, kept, request.rules.sampling)
         if any(foreign):
             self.counts["dropped, not the target's tokens"] += sum(map(bool, foreign))
         return [text for text, wrong in zip(kept, foreign, strict=True) if not wrong]
 
     def proven_by_tokens(self, request: Request) -> bool:
         """Whether every token is compared with the target's own choice, so that the first few need no look."""
-        return self.api == "text" and request.sampling.greedy
+        return self.api == "text" and request.rules.sampling.greedy

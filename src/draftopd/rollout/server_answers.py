@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, Protocol
 
 from transformers import PreTrainedTokenizerBase
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.io.json_text import is_text
 from draftopd.rollout.request import Request, Trajectory
 
@@ -34,42 +34,38 @@ class Asked(Protocol):
     """What a request says of the response it wants."""
 
     @property
-    def sampling(self) -> Sampling: ...
-    @property
-    def max_new_tokens(self) -> int: ...
-    @property
-    def stop(self) -> frozenset[int]: ...
+    def rules(self) -> Rules: ...
     @property
     def seed(self) -> int: ...
 
 
 def completion_body(request: Asked, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
     """The body of ``POST /v1/completions``; without ``token_ids`` nothing that plain servers do not know."""
-    sampling = request.sampling
+    sampling = request.rules.sampling
     body: dict[str, Any] = {
         "model": model,
         "prompt": prompt,
-        "max_tokens": request.max_new_tokens,
+        "max_tokens": request.rules.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
     }
     if not sampling.greedy:
         body["seed"] = _seed(request, prompt)
     if token_ids:
-        body |= {"return_token_ids": True, "stop_token_ids": sorted(request.stop), "top_k": sampling.top_k or -1}
+        body |= {"return_token_ids": True, "stop_token_ids": sorted(request.rules.stop), "top_k": sampling.top_k or -1}
         body |= _NEUTRAL
     return body
 
 
 def generate_body(request: Asked, prompt: list[int]) -> dict[str, Any]:
     """The body of SGLang's ``POST /generate``."""
-    sampling = request.sampling
+    sampling = request.rules.sampling
     parameters: dict[str, Any] = {
-        "max_new_tokens": request.max_new_tokens,
+        "max_new_tokens": request.rules.max_new_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "top_k": sampling.top_k or -1,
-        "stop_token_ids": sorted(request.stop),
+        "stop_token_ids": sorted(request.rules.stop),
         "skip_special_tokens": False,
         **_NEUTRAL,
     }
@@ -133,7 +129,7 @@ def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | 
     if str(request.tokenizer.decode(ids)) != text:
         return Unproven("dropped, text does not tokenise back")
     # The text leaves out the stop token that ended it.
-    if finish == "stop" and len(ids) == counted - 1 and request.tokenizer.eos_token_id in request.stop:
+    if finish == "stop" and len(ids) == counted - 1 and request.tokenizer.eos_token_id in request.rules.stop:
         ids = [*ids, int(request.tokenizer.eos_token_id)]
     if len(ids) != counted:
         return Unproven("dropped, token count differs")
@@ -167,7 +163,7 @@ def _trajectory(
         known = finish in ("abort", "error", "content_filter", "tool_calls")
         return Unproven(f"dropped, ended by {finish if known else 'something else'}")
     given = len(ids)
-    if finish == "stop" and type(matched) is int and matched in request.stop and (not ids or ids[-1] != matched):
+    if finish == "stop" and type(matched) is int and matched in request.rules.stop and (not ids or ids[-1] != matched):
         ids = [*ids, matched]
     if type(counted) is int and counted not in (given, len(ids)):
         return Unproven("dropped, token count differs")

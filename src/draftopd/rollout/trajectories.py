@@ -60,16 +60,17 @@ class Trajectories(ABC):
         if not self._sample or (len(self._sample) < ORIGIN_SAMPLE and not last):
             return False
         sample, self._sample, self._checked = self._sample, [], True
-        foreign = sum(map(len, foreign_tokens(request.target, sample, request.sampling)))
+        sampling = request.rules.sampling
+        foreign = sum(map(len, foreign_tokens(request.target, sample, sampling)))
         tokens = sum(len(t.response) for t in sample)
         self.counts["foreign tokens"] = foreign
-        surprise = excess_surprise(request.target, sample, request.sampling)
+        surprise = excess_surprise(request.target, sample, sampling)
         if foreign > MOST_FOREIGN * tokens or surprise > MOST_SURPRISE:
-            average = "" if request.sampling.greedy else f", {surprise:.2f} nats a token more surprising"
+            average = "" if sampling.greedy else f", {surprise:.2f} nats a token more surprising"
             raise PromptError(
                 f"{foreign} of the first {tokens} recorded response tokens are not what the target would produce at "
-                f"temperature {request.sampling.temperature:g}{average}: use texts of this target, drawn with the same "
-                "temperature, top_k and top_p (rollout.*)."
+                f"temperature {sampling.temperature:g}{average}: use texts of this target, drawn with the same "
+                "temperature, top_k and top_p."
             )
         return True
 
@@ -129,22 +130,19 @@ class InProcessTrajectories(GeneratedTrajectories):
         self.batch_size, self.drafted, self.compiled = batch_size, drafted, compiled
 
     def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
-        decoder = Decoder(
-            request.target, request.drafter if self.drafted else None, request.sampling,
-            max_new_tokens=request.max_new_tokens, stop=request.stop, compiled=self.compiled,
-        )  # fmt: skip
+        decoder = Decoder(request.target, request.drafter if self.drafted else None, request.rules, self.compiled)
         for batch in decoder.decode(prompts, self.batch_size, ranks.own(request.seed)):
             yield [Trajectory(d.prompt, d.response) for d in batch]
 
 
 def settings(request: Request) -> dict[str, object]:
     """What a text depends on beside its prompt and, above temperature 0, chance."""
-    sampling = request.sampling
+    sampling = request.rules.sampling
     return {
         "target": request.target.fingerprint(),
         "temperature": sampling.temperature,
         "top_k": sampling.top_k,
         "top_p": sampling.top_p,
-        "max_new_tokens": request.max_new_tokens,
-        "stop": sorted(request.stop),
+        "max_new_tokens": request.rules.max_new_tokens,
+        "stop": sorted(request.rules.stop),
     }

@@ -23,8 +23,9 @@ import torch
 from torch import Tensor
 
 from draftopd.decoding.coupling import couple
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verification, accepted_prefix
+from draftopd.decoding.verify import accepted_prefix
 from draftopd.drafters.base import Chooser, Drafter
 from draftopd.targets.head import LMHead, best_tokens
 from draftopd.targets.target import Target
@@ -61,8 +62,7 @@ class Walker:
     """Walks the chain of anchors along recorded texts.
 
     Args:
-        sampling: the warping under which the texts were drawn and would be decoded.
-        verification: acceptance rule above temperature 0.
+        rules: those under which the texts were drawn and would be decoded.
         parallel_below: with at most so many texts left, their remaining positions are drafted all at once.
             0 always walks.
         blocks_at_once: most blocks drafted in one pass, which bounds memory.
@@ -73,8 +73,7 @@ class Walker:
 
     def __init__(
         self,
-        sampling: Sampling,
-        verification: Verification = "rejection_sampling",
+        rules: Rules,
         parallel_below: int = 8,
         blocks_at_once: int = 4096,
     ) -> None:
@@ -83,9 +82,9 @@ class Walker:
                 "parallel_below must be 0 or more and blocks_at_once 1 or more, "
                 f"found {parallel_below} and {blocks_at_once}."
             )
-        self.sampling = sampling
+        self.sampling = rules.sampling
         #: Whether proposals are recovered by the reverse coupling, for which the target's states are needed.
-        self.coupled = verification == "rejection_sampling" and not sampling.greedy
+        self.coupled = rules.rejection
         self.parallel_below, self.blocks_at_once = parallel_below, blocks_at_once
 
     def read(self, target: Target, ids: Tensor, starts: Tensor, lengths: Tensor) -> Texts:
@@ -110,8 +109,8 @@ class Walker:
             seeds: one a text, of the reverse coupling's draws. The draws belong to text and position, so the
                 result depends neither on the batch nor on the way.
         """
-        trail = _Trail(texts.lengths.tolist())
-        luck = _luck(texts, drafter.num_proposals, seeds) if self.coupled else None
+        visits = _Visits(texts.lengths.tolist())
+        uniforms = _uniforms(texts, drafter.num_proposals, seeds) if self.coupled else None
         rows, anchors = _unfinished(torch.arange(len(texts.ids), device=texts.ids.device), texts.starts, texts.lengths)
         if len(rows) > self.parallel_below:
             width = texts.ids.shape[1]
@@ -122,23 +121,23 @@ class Walker:
                 drafter.select(state, rows)
             while len(rows) > self.parallel_below:
                 block = _Block(texts, rows, anchors[:, None], drafter.num_proposals)
-                choose = self._chooser(target, drafter, texts, block, luck)
+                choose = self._chooser(target, drafter, texts, block, uniforms)
                 visible = int(anchors.max())
                 tokens = drafter.draft(target, state, anchors, block.tokens[:, 0], visible, choose).tokens
                 accepted = block.agreement(tokens)
-                trail.add(rows, anchors, tokens[:, 0], accepted[:, 0])
+                visits.add(rows, anchors, tokens[:, 0], accepted[:, 0])
                 # The fastest and the slowest text of a batch part ways; rows that are done are let go.
                 before = len(rows)
                 anchors = anchors + accepted[:, 0] + 1
-                going = anchors < texts.lengths[rows] - 1
-                if not going.all():
-                    keep = going.nonzero()[:, 0]
-                    rows, anchors = rows[keep], anchors[keep]
-                if self.parallel_below < len(rows) < before:
+                keep = (anchors < texts.lengths[rows] - 1).nonzero()[:, 0]
+                if len(keep) == before:
+                    continue
+                rows, anchors = rows[keep], anchors[keep]
+                if len(rows) > self.parallel_below:
                     drafter.select(state, keep)
         if len(rows):
-            self._everywhere(target, drafter, texts, rows, anchors, luck, trail)
-        return trail.visited
+            self._everywhere(target, drafter, texts, rows, anchors, uniforms, visits)
+        return visits.visited
 
     def _everywhere(
         self,
@@ -147,8 +146,8 @@ class Walker:
         texts: Texts,
         rows: Tensor,
         anchors: Tensor,
-        luck: Tensor | None,
-        trail: _Trail,
+        uniforms: Tensor | None,
+        visits: _Visits,
     ) -> None:
         """Draft at every remaining position of these rows, then follow the chain through what came out."""
         last = texts.lengths[rows] - 2
@@ -159,19 +158,21 @@ class Walker:
             offsets = torch.arange(begin, min(begin + step, count), device=rows.device)
             places = torch.minimum(anchors[:, None] + offsets, last[:, None])
             block = _Block(texts, rows, places, drafter.num_proposals)
-            choose = self._chooser(target, drafter, texts, block, luck)
+            choose = self._chooser(target, drafter, texts, block, uniforms)
             tokens = drafter.replay(target, features, ids, places, choose).tokens
-            trail.add_every(rows, anchors + begin, tokens, block.agreement(tokens))
+            visits.add_every(rows, anchors + begin, tokens, block.agreement(tokens))
 
-    def _chooser(self, target: Target, drafter: Drafter, texts: Texts, block: _Block, luck: Tensor | None) -> Chooser:
+    def _chooser(
+        self, target: Target, drafter: Drafter, texts: Texts, block: _Block, uniforms: Tensor | None
+    ) -> Chooser:
         """How proposals are picked: the drafter's best token, or the coupling's."""
         head = drafter.head(target)
-        if luck is None:
+        if uniforms is None:
             return lambda hidden: best_tokens(hidden, head)
         assert texts.states is not None
         offsets = block.places - texts.starts[block.rows, None]
-        luck = luck[block.rows[:, None], offsets]
-        return _CoupledChoice(head, target.head, self.sampling, texts.states, block, luck)
+        uniforms = uniforms[block.rows[:, None], offsets]
+        return _CoupledChoice(head, target.head, self.sampling, texts.states, block, uniforms)
 
 
 class _Block:
@@ -195,10 +196,10 @@ class _CoupledChoice:
     """Picks the proposals of successive slots by the reverse coupling, in chunks of the vocabulary's size."""
 
     def __init__(
-        self, head: LMHead, target_head: LMHead, sampling: Sampling, states: Tensor, block: _Block, luck: Tensor
+        self, head: LMHead, target_head: LMHead, sampling: Sampling, states: Tensor, block: _Block, uniforms: Tensor
     ) -> None:
         self.head, self.target_head, self.sampling = head, target_head, sampling
-        self.states, self.block, self.luck = states, block, luck
+        self.states, self.block, self.uniforms = states, block, uniforms
         self.slot = 0
         self.agreed = torch.ones_like(block.places, dtype=torch.bool)
 
@@ -211,7 +212,7 @@ class _CoupledChoice:
         # The state one position earlier predicts a slot's token.
         before = (self.block.slots[..., part] - 1).clamp_max(self.states.shape[1] - 1).flatten(0, 1)
         rows = self.block.rows[:, None].expand_as(self.block.places).flatten()
-        luck, agreed = self.luck[..., part, :].flatten(0, 1), self.agreed.flatten()
+        uniforms, agreed = self.uniforms[..., part, :].flatten(0, 1), self.agreed.flatten()
         drafted = hidden.flatten(0, 1)
         tokens = torch.empty_like(labels)
         chunk = self.target_head.rows_at_once(n)
@@ -219,12 +220,12 @@ class _CoupledChoice:
             few = slice(begin, begin + chunk)
             q = self.sampling.probabilities(self.head.target_logits(drafted[few]))
             p = self.sampling.probabilities(self.target_head.logits(self.states[rows[few, None], before[few]]))
-            tokens[few], agreed[few] = couple(labels[few], recorded[few], q, p, luck[few], agreed[few])
+            tokens[few], agreed[few] = couple(labels[few], recorded[few], q, p, uniforms[few], agreed[few])
         self.agreed = agreed.view_as(self.agreed)
         return tokens.view(hidden.shape[:-1])
 
 
-class _Trail:
+class _Visits:
     """Collects the blocks of texts of these lengths as they are visited."""
 
     def __init__(self, lengths: list[int]) -> None:
@@ -267,7 +268,7 @@ def _unfinished(rows: Tensor, anchors: Tensor, lengths: Tensor) -> tuple[Tensor,
     return rows[keep], anchors[keep]
 
 
-def _luck(texts: Texts, slots: int, seeds: Sequence[int]) -> Tensor:
+def _uniforms(texts: Texts, slots: int, seeds: Sequence[int]) -> Tensor:
     """``[batch, positions, K, 2]`` uniform numbers, the same for a text wherever it stands in a batch."""
     counts = (texts.lengths - texts.starts).clamp_min(1).tolist()
     drawn = [

@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerBase
 from draftopd.data.prompts import PromptEncoder, PromptSource
 from draftopd.errors import ConfigError, PromptError
 from draftopd.rollout.anchors import AnchorChoice, AnchorPolicy
-from draftopd.training.loader import Renew, ReplayDataset, ReplayLoader, ReplaySampler
+from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
 
 log = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class ReplayDataModule(L.LightningDataModule):
         validation_count: held-out prompts decoded at each validation.
         batch_size: recorded sequences a batch.
         anchors: which anchors are replayed.
-        anchors_per_sequence: at most so many of one sequence; None takes all.
+        anchors_per_sequence: at most this many per sequence; None takes all.
         batches_per_epoch: default once through the generation.
         validation_batch_size: prompts decoded together, in validation and test.
         thinking: the chat template's thinking mode.
@@ -82,9 +82,6 @@ class ReplayDataModule(L.LightningDataModule):
         self.buffer_root: Path | None = None
         self.encoder: PromptEncoder | None = None
         self.slots = 0
-        #: See :class:`ReplayLoader`; set by the refresh callback where anchors are renewed within an epoch.
-        self.renew: Renew | None = None
-        self.renew_every = 0
         self._loader: ReplayLoader | None = None
         self._restored: dict[str, Any] = {}
 
@@ -114,7 +111,7 @@ class ReplayDataModule(L.LightningDataModule):
         sampler = ReplaySampler(batches, self.batch_size, self.seed, rank, ranks)
         pad = self.encoder.tokenizer.pad_token_id or 0
         dataset = ReplayDataset(self.buffer_root)
-        self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.renew, self.renew_every, self.pack_to)
+        self._loader = ReplayLoader(dataset, sampler, self.policy, pad, self.pack_to)
         if self._restored:
             self._loader.load_state_dict(self._restored)
             self._restored = {}
@@ -133,14 +130,18 @@ class ReplayDataModule(L.LightningDataModule):
         """Which anchors are replayed; known once the drafter is."""
         return AnchorPolicy(self.anchors, self.anchors_per_sequence, self.slots)
 
-    def val_dataloader(self) -> DataLoader[list[int]]:
-        return self._decoded([prompt for _, prompt in self._share("validation", self.validation_count)])
+    def val_dataloader(self) -> DataLoader[list[list[int]]]:
+        batches = self._held_out("validation", self.validation_count)
+        return _one_by_one([[prompt for _, prompt in batch] for batch in batches])
 
-    def test_dataloader(self) -> DataLoader[tuple[int, list[int]]]:
-        return self._decoded(self._share("test", self.test_count))
+    def test_dataloader(self) -> DataLoader[list[tuple[int, list[int]]]]:
+        return _one_by_one(self._held_out("test", self.test_count))
 
-    def _share(self, source: Literal["validation", "test"], count: int) -> list[tuple[int, list[int]]]:
-        """This rank's part of the first prompts of a source, and their places among them."""
+    def _held_out(self, source: Literal["validation", "test"], count: int) -> list[list[tuple[int, list[int]]]]:
+        """This rank's batches of the first prompts of a source, each prompt with its index among them.
+
+        Every rank has as many batches, since ranks decode a batch together; the last one may be empty.
+        """
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
         there = self.sources[source]
@@ -154,7 +155,10 @@ class ReplayDataModule(L.LightningDataModule):
                 f"{len(prompts)} {source} prompts (data.{source}_count={count}, those of more than "
                 f"{self.max_prompt_tokens} tokens left out) are too few for {ranks} processes: each needs one."
             )
-        return list(enumerate(prompts))[rank::ranks]
+        own, size = list(enumerate(prompts))[rank::ranks], self.validation_batch_size
+        longest = -(-len(prompts) // ranks)
+        return [own[start : start + size] for start in range(0, longest, size)]
 
-    def _decoded(self, prompts: list[Any]) -> DataLoader[Any]:
-        return DataLoader(prompts, batch_size=self.validation_batch_size, collate_fn=list)  # type: ignore[arg-type]
+
+def _one_by_one(batches: list[Any]) -> DataLoader[Any]:
+    return DataLoader(batches, batch_size=None, collate_fn=lambda batch: batch)  # type: ignore[arg-type]

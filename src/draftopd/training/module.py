@@ -2,82 +2,60 @@
 
 from __future__ import annotations
 
-import logging
-import math
-import time
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import lightning as L
 import torch
-from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from draftopd.decoding.generate import Decoder
-from draftopd.decoding.sampling import Sampling
-from draftopd.decoding.verify import Verification
+from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.distributed import ranks
 from draftopd.distributed.interruption import ends_at_once
 from draftopd.distributed.sharding import Shards
 from draftopd.drafters.attention import Kernel
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
-from draftopd.losses.base import Loss, LossOutput
-from draftopd.metrics.acceptance_length import AcceptanceLength, acceptance_length
+from draftopd.losses.base import Loss
 from draftopd.metrics.agreement import Agreement, slot_agreement
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
-from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks
 from draftopd.replay.fresh import FreshAnchors
-from draftopd.replay.replay import replay
+from draftopd.replay.replay import draft, read
 from draftopd.targets.target import Target
-from draftopd.training.nonfinite import Skips, drop_gradients, keep_batch, largest_gradient, nonfinite_gradients
-from draftopd.training.stopwatch import Stopwatch
+from draftopd.training.held_out import HeldOut
+from draftopd.training.optimizers import adamw
+from draftopd.training.run_state import RunState
+from draftopd.training.schedules import cosine
+from draftopd.training.step import StepAccount
 
-log = logging.getLogger(__name__)
-
-#: Ranges of the options, for the check of configurations.
-Rate = Annotated[float, Field(gt=0, allow_inf_nan=False)]
-Share = Annotated[float, Field(ge=0, le=1)]
-
-
-@dataclass
-class _Step:
-    """The micro-batches of one optimizer step: their figures, summed on the device, and what a bad step is told by."""
-
-    names: list[str] = field(default_factory=list)
-    figures: Tensor | None = None
-    batches: list[ReplayBatch] = field(default_factory=list)
-    losses: list[Tensor] = field(default_factory=list)
+#: Tells apart the draws of replay from those that find fresh anchors in the same step.
+_REPLAY_DRAWS, _ANCHOR_DRAWS = 1, 2
 
 
 class DraftModule(L.LightningModule):
     """Replays recorded anchors with the drafter, distils from the target, decodes to validate.
 
     Args:
-        target: frozen, and no submodule: strategies neither copy, broadcast nor save it.
+        target: frozen. It is not a submodule, so that strategies neither copy, broadcast nor save it.
         drafter: trained.
         loss: see :mod:`draftopd.losses.base`.
-        sampling: how replayed proposals are chosen and accepted, as in the rollout.
-        stop: token ids that end a response.
-        learning_rate: peak of AdamW's rate.
-        weight_decay, betas: AdamW's.
-        warmup: share of all steps over which the rate rises from 0.
-        final_rate: share of the peak that the cosine ends at.
-        max_new_tokens: response limit in validation.
-        verification: acceptance rule above temperature 0, in replay and validation.
+        rules: how proposals are chosen and verified in replay and validation, as in the rollout.
+        optimizer: makes the optimizer of the drafter's parameters.
+        schedule: called with the optimizer and ``total_steps``, gives its schedule; None keeps the rate.
+        fresh: finds in every step the anchors of the drafter as it then is; None takes the batch's.
         seed: of proposals drawn above temperature 0.
         compiled: decode through torch.compile in validation.
-        activation_checkpointing, attention: see :class:`~draftopd.drafters.base.Drafter`.
-        fresh: how every step finds the anchors of the drafter as it then is; None takes the batch's.
-        count_flops: count what target, drafter and rollouts multiply; costs time, and compiled decoding is not counted.
-        max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; more than these end the run.
-        keep_nonfinite: how many of their batches, the newest, are kept in the run directory, a rank.
+        count_flops: count what target, drafter and rollouts multiply. It costs time, and cannot look into compiled
+            decoding.
+        max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; more than this many end the run.
+        keep_nonfinite: how many of their batches are kept per rank in the run directory, the newest.
 
     Raises:
         ConfigError: if one of the last two is negative, or compiled decoding is to be counted.
@@ -88,20 +66,14 @@ class DraftModule(L.LightningModule):
         target: Target,
         drafter: Drafter,
         loss: Loss,
-        sampling: Sampling,
-        stop: frozenset[int],
-        learning_rate: Rate = 3e-4,
-        weight_decay: NonNegativeFloat = 0.0,
-        betas: tuple[Share, Share] = (0.9, 0.95),
-        warmup: Share = 0.05,
-        final_rate: Share = 0.0,
-        activation_checkpointing: bool = False,
-        attention: Kernel = "auto",
-        max_new_tokens: int = 256,
-        verification: Verification = "rejection_sampling",
+        rules: Rules,
+        optimizer: Callable[[Iterator[torch.nn.Parameter]], Optimizer] = adamw,
+        schedule: Callable[..., LRScheduler] | None = cosine,
+        fresh: FreshAnchors | None = None,
         seed: int = 0,
         compiled: bool = False,
-        fresh: FreshAnchors | None = None,
+        activation_checkpointing: bool = False,
+        attention: Kernel = "auto",
         count_flops: bool = False,
         max_skipped_in_a_row: int = 10,
         keep_nonfinite: int = 3,
@@ -111,39 +83,20 @@ class DraftModule(L.LightningModule):
             raise ConfigError(f"module.keep_nonfinite must be 0 or more, found {keep_nonfinite}.")
         if count_flops and compiled:
             raise ConfigError("module.count_flops=true cannot look into compiled decoding: leave compiled=true out.")
-        self.skips, self.keep_nonfinite = Skips(max_skipped_in_a_row), keep_nonfinite
         drafter.check_fits(target)
         self._frozen = (target.tap(drafter.target_layer_ids),)
-        self.drafter = drafter
         drafter.activation_checkpointing, drafter.attention = activation_checkpointing, attention
-        self.loss = loss
-        self.sampling, self.stop, self.verification = sampling, stop, verification
-        self.learning_rate, self.weight_decay, self.betas = learning_rate, weight_decay, betas
-        self.warmup, self.final_rate = warmup, final_rate
-        self.max_new_tokens, self.seed, self.fresh, self.compiled = max_new_tokens, seed, fresh, compiled
-        self.clock = Stopwatch(count_flops)
-        self.tokens_seen = 0
-        #: Seconds of rollouts and steps, validation left out; set at each validation.
-        self.training_seconds = 0.0
-        #: Of a run that was continued: seconds of the parts before, as far as they were told to the clock.
-        self.earlier_seconds = 0.0
-        self._clock_started: float | None = None
-        self._shards: Shards | None = None
-        self._validating = ExitStack()
-        self._step = _Step()
-        self._all_steps = 1
-        #: Set in any rank of several: all end after the step in flight.
+        self.drafter, self.loss, self.rules, self.fresh = drafter, loss, rules, fresh
+        self.make_optimizer, self.make_schedule = optimizer, schedule
+        self.seed, self.compiled, self.keep_nonfinite = seed, compiled, keep_nonfinite
+        self.run = RunState(count_flops, max_skipped_in_a_row)
+        self.clock = self.run.clock
+        #: Set in any of several ranks: all end after the step in flight.
         self.stop_asked = False
-        #: Held-out micro tau before training and at the last validation; NaN where there was none.
-        self.tau_before = self.tau_after = float("nan")
-        #: Emitted tokens a block of every prompt that was tested, by its place among them.
-        self.tested: dict[int, list[int]] = {}
-        slots = drafter.num_proposals
-        self.agreement = Agreement()
-        self.by_entropy = EntropyAcceptance()
-        self.tau = AcceptanceLength()
-        self.by_position = AcceptanceByPosition(slots)
-        self.rejections = RejectionPosition(slots)
+        self.agreement, self.by_entropy = Agreement(), EntropyAcceptance()
+        self.held_out = HeldOut(drafter.num_proposals)
+        self._shards: Shards | None = None
+        self._total_steps = 1
 
     @property
     def target(self) -> Target:
@@ -153,144 +106,81 @@ class DraftModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if getattr(self.target.model, "hf_device_map", None) is None and self.device_mesh is None:
             self.target.to(self.trainer.strategy.root_device)
+        self._account = StepAccount(
+            self.run.skips, Path(self.trainer.default_root_dir) / "nonfinite", self.keep_nonfinite
+        )
 
     def configure_model(self) -> None:
         """Spread target and drafter over the processes, where the strategy has a mesh of devices."""
         if self.device_mesh is not None and self._shards is None:
             self._shards = Shards(self.target, self.drafter, self.trainer.strategy.root_device)
 
-    def decoding(self) -> AbstractContextManager[None]:
-        """Around rollouts: ranks may use target and drafter as often as their own texts need, but leave together.
+    def configure_optimizers(self) -> Any:
+        optimizer = self.make_optimizer(self.drafter.parameters())
+        self._total_steps = max(1, int(self.trainer.estimated_stepping_batches))
+        if self.make_schedule is None:
+            return optimizer
+        schedule = self.make_schedule(optimizer, total_steps=self._total_steps)
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-        Nothing else that ranks do together, sums and barriers, may happen inside.
-        """
-        return self._shards.decoding() if self._shards else nullcontext()
+    # A training step: the target reads, the drafter drafts, blocks are compared, the loss follows.
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
-        measured: list[Blocks] = []
-        with self._shards.step() if self._shards else nullcontext():
-            blocks = replay(
-                self.target, self.drafter, batch, self.sampling, self.stop,
-                teacher=self.loss.scope, generator=self._generator(), clock=self.clock,
-                reanchor=self._fresh_anchors if self.fresh else None,
-                with_states=self.fresh is not None and self.fresh.walker.coupled, verification=self.verification,
-                measure=measured.append if logs_now else None, propose=self.loss.uses_proposals,
-            )  # fmt: skip
-        while measured:
-            self._measure(measured.pop())
-        self.loss.progress = self.global_step / self._all_steps
+        self.clock.step(timed=logs_now)
+        batch, blocks, scored = self._replay(batch, logs_now)
+        if scored is not None:
+            self._measure(scored)
+        self.loss.progress = self.global_step / self._total_steps
         with self.clock("loss"):
             output = self.loss(blocks)
-        self._note(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
+        self._account.add(batch, blocks, output, proposed=logs_now or self.loss.uses_proposals)
         return output.loss
+
+    def _replay(self, batch: ReplayBatch, measured: bool) -> tuple[ReplayBatch, Blocks, Blocks | None]:
+        """The batch as it was replayed, its blocks for the loss and, where ``measured``, scored in every slot."""
+        scope, target, drafter = self.loss.scope, self.target, self.drafter
+        with self._shards.step() if self._shards else nullcontext():
+            with self.clock("target"):
+                states = scope != "none" or measured or (self.fresh is not None and self.fresh.needs_states)
+                reading = read(target, batch, states)
+            if self.fresh is not None:
+                with self.clock("walk"), self.drafting():
+                    batch = self.fresh.renew(
+                        target, drafter, batch, reading, self._draws(_ANCHOR_DRAWS), self.global_step
+                    )
+                # Before torch 2.10 weights that autocast cast without gradients kept none in the pass that follows.
+                torch.clear_autocast_cache()
+            with self.clock("drafter"):
+                drafts = draft(
+                    target, drafter, reading, batch, self.rules,
+                    forced=scope in ("recorded", "none"),
+                    propose=self.loss.uses_proposals or scope != "none" or measured,
+                    generator=torch.Generator(self.device).manual_seed(self._draws(_REPLAY_DRAWS)),
+                )  # fmt: skip
+            with self.clock("target"):
+                return batch, drafts.blocks(scope), drafts.scored() if measured else None
 
     def backward(self, loss: Tensor, *args: Any, **kwargs: Any) -> None:
         with self.clock("backward"):
             super().backward(loss, *args, **kwargs)
 
-    def _note(self, batch: ReplayBatch, blocks: Blocks, output: LossOutput, proposed: bool) -> None:
-        """Add a micro-batch's figures to the step's, on the device; by streams where proposals are known."""
-        aged = batch.made_at[batch.made_at >= 0]
-        figures: dict[str, Tensor | int] = {"loss": output.loss.detach()}
-        if proposed:
-            figures |= {f"loss_{name}": value for name, value in output.parts.items()}
-            # What would be accepted behind an accepted stop token is never drafted.
-            accepted = blocks.accepted_stream(include_correction=False) & blocks.valid
-            figures |= {"_accepted": accepted.sum(), "_slots": len(accepted)}
-        figures |= {"_made_at": aged.sum(), "_aged": len(aged)}
-        figures |= {"_tokens": batch.lengths.sum(), "_places": batch.ids.numel()}
-        packed = [torch.as_tensor(x, dtype=torch.float64, device=self.device) for x in figures.values()]
-        step = self._step
-        step.names = list(figures)
-        step.figures = torch.stack(packed) if step.figures is None else step.figures + torch.stack(packed)
-        step.batches.append(batch)
-        step.losses.append(output.loss.detach())
-
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
-        """Log the step over all ranks; where its loss or a gradient is not finite, leave it without gradients.
-
-        One transfer brings the figures of the loss and of the gradients, as they are after the sum over ranks.
-        """
-        step, self._step = self._step, _Step()
-        assert step.figures is not None
-        wrong = 1 - largest_gradient(optimizer).isfinite().to(step.figures)
-        asked = step.figures.new_tensor([self.stop_asked])
-        *sums, wrong_ranks, asked_ranks = ranks.total(torch.cat([step.figures, wrong[None], asked])).tolist()
-        figures = dict(zip(step.names, sums, strict=True))
-        if math.isfinite(figures["loss"]) and not wrong_ranks:
-            self.skips.taken()
-        else:
-            self._skip(step, optimizer, figures["loss"])
-        self._log_step(figures, ranks.count() * len(step.batches))
-        if asked_ranks:
-            self.trainer._signal_connector.received_sigterm = True  # what Lightning looks at when the step is over
-
-    def _skip(self, step: _Step, optimizer: Optimizer, loss: float) -> None:
-        """Let the optimizer find no gradient; every rank comes here at the same step, with the loss of all.
-
-        Raises:
-            NumericsError: after too many steps in a row.
-        """
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        if math.isfinite(loss) and scaler is not None and scaler.get_scale() > 1:
-            # Ordinary under float16: the scaler lowers the scale and the next step fits.
-            self.skips.rescaled()
-            drop_gradients(optimizer)
-            return
-        self.skips.skipped()
         about = {
             "step": self.global_step, "epoch": self.current_epoch, "rank": self.global_rank, "ranks": ranks.count(),
-            "seed": self.seed, "skipped_in_a_row": self.skips.in_a_row,
-            "nonfinite_gradients": nonfinite_gradients(self.drafter),
+            "seed": self.seed,
         }  # fmt: skip
-        losses = torch.stack(step.losses).tolist()
-        path = keep_batch(
-            Path(self.trainer.default_root_dir) / "nonfinite", self.keep_nonfinite, step.batches, losses, about
-        )
-        drop_gradients(optimizer)
-        what = "A gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
-        if self.trainer.is_global_zero:
-            log.warning("%s: step %d is skipped%s.", what, self.global_step, f", its batch is {path}" if path else "")
-        self.skips.check(self.global_step, what)
-
-    def _log_step(self, figures: dict[str, float], terms: int) -> None:
-        """Log an optimizer step.
-
-        Args:
-            figures: summed over ranks and micro-batches.
-            terms: how many of these there were.
-        """
-        self.tokens_seen += int(figures["_tokens"])
-        logged = {name: total / terms for name, total in figures.items() if not name.startswith("_")}
-        logged |= {"tokens": float(self.tokens_seen), "padding": 1 - figures["_tokens"] / figures["_places"]}
-        logged["skipped_steps"] = float(self.skips.total)
-        if "_accepted" in figures:
-            logged["accepted_length"] = figures["_accepted"] / max(1.0, figures["_slots"])
-        if self.clock.counts:
-            logged |= {f"flops/{part}": spent for part, spent in self.flops().items()}
-        if self.fresh:
-            logged["anchor_age"] = 0.0
-        elif figures["_aged"]:
-            logged["anchor_age"] = self.global_step - figures["_made_at"] / figures["_aged"]
-        self.log_dict({f"train/{k}": v for k, v in logged.items()})
+        rescales = scaler is not None and scaler.get_scale() > 1
+        figures = self._account.close(optimizer, about, rescales, self.stop_asked)
+        self.run.tokens += figures.tokens
+        logged = figures.logged(self.global_step)
+        logged |= {"tokens": float(self.run.tokens), "skipped_steps": float(self.run.skips.total)}
+        logged |= {f"flops/{part}": spent for part, spent in self.run.flops().items()}
+        self.log_dict({f"train/{name}": value for name, value in logged.items()})
         self.log("loss", logged["loss"], prog_bar=True, logger=False)
-
-    def flops(self) -> dict[str, float]:
-        """Floating-point operations so far, of this process; none where they are not counted.
-
-        ``drafter`` holds loss and backward pass too, ``rollout`` the walks that renew anchors. Validation is left out;
-        what a logged step (``trainer.log_every_n_steps``) computes beside the others for its figures is not.
-        """
-        if not self.clock.counts:
-            return {}
-        spent = self.clock.operations
-        parts = {
-            "target": spent["target"],
-            "drafter": spent["drafter"] + spent["loss"] + spent["backward"],
-            "rollout": spent["rollout"] + spent["walk"],
-        }
-        return parts | {"total": sum(parts.values())}
+        if figures.stop_asked:
+            self.trainer._signal_connector.received_sigterm = True  # what Lightning looks at when the step is over
 
     def _measure(self, blocks: Blocks) -> None:
         """Log how target and drafter compare on the drafter's own tokens."""
@@ -301,7 +191,7 @@ class DraftModule(L.LightningModule):
         self.agreement.reset()
 
     def on_train_epoch_start(self) -> None:
-        # However rarely tau is measured on the way, it is of the drafter that the run ends with.
+        # The drafter that a run ends with is validated, however rarely tau is measured on the way.
         if self.trainer.check_val_every_n_epoch and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self.trainer.check_val_every_n_epoch = 1
 
@@ -311,6 +201,19 @@ class DraftModule(L.LightningModule):
             for edge, rate in self.by_entropy.compute().items():
                 self.log(f"acceptance_by_target_entropy/from_{edge:g}_nats", rate)
             self.by_entropy.reset()
+
+    # Decoding: validation, the test, and the contexts that rollouts share with them.
+
+    def decoder(self) -> Decoder:
+        """Speculative decoding with the drafter as it is now."""
+        return Decoder(self.target, self.drafter, self.rules, self.compiled)
+
+    def decoding(self) -> AbstractContextManager[None]:
+        """Around decoding: ranks may use target and drafter as often as their own texts need, but leave together.
+
+        Nothing else that ranks do together, such as sums and barriers, may happen inside.
+        """
+        return self._shards.decoding() if self._shards else nullcontext()
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
@@ -324,119 +227,53 @@ class DraftModule(L.LightningModule):
         finally:
             self.drafter.train(training)
 
-    def _fresh_anchors(self, batch: ReplayBatch, features: Tensor, states: Tensor | None) -> ReplayBatch:
-        assert self.fresh is not None
-        with self.drafting():
-            found = self.fresh.renew(
-                self.target, self.drafter, batch, features, states, self._draws(), self.global_step
-            )  # fmt: skip
-        # Before torch 2.10 weights that autocast cast without gradients kept none in the pass that follows.
-        torch.clear_autocast_cache()
-        return found
+    def _decode(self, prompts: list[list[int]], batch_idx: int) -> list[Decoded]:
+        """Decode a batch, on which all ranks work together; a rank's last batch may be empty."""
+        generator = torch.Generator(self.device).manual_seed(ranks.own(ranks.mix(self.seed, batch_idx)))
+        with self.decoding(), ends_at_once():
+            return self.decoder().decode_batch(prompts, generator) if prompts else []
 
     def on_fit_start(self) -> None:
-        self._step = _Step()
-        self._clock_started = time.perf_counter() - self.training_seconds - self.clock.seconds["validation"]
+        self.run.start_clock()
 
     def on_validation_epoch_start(self) -> None:
-        for metric in (self.tau, self.by_position, self.rejections):
-            metric.reset()
-        self._validating.enter_context(self.decoding())
+        self.held_out.reset()
 
-    def validation_step(self, batch: list[list[int]], batch_idx: int) -> None:
-        with self.clock("validation"), ends_at_once():
-            generator = self._decoding_generator(batch_idx)
-            decoded = self.decoder().decode_batch(batch, generator)
-        self.tau.update([d.emitted for d in decoded])
-        blocks = [pair for d in decoded for pair in zip(d.accepted, d.emitted, strict=True)]
-        accepted, emitted = torch.tensor(blocks, device=self.device).view(-1, 2).T
-        self.by_position.update(accepted, emitted)
-        self.rejections.update(accepted, emitted)
-
-    def end_of_decoding(self) -> None:
-        """Validation has decoded: wait for the other ranks, before anything is summed over them."""
-        self._validating.close()
+    def validation_step(self, batch: list[list[int]], batch_idx: int) -> dict[str, Any]:
+        with self.clock("validation"):
+            decoded = self._decode(batch, batch_idx)
+        self.held_out.update(decoded)
+        return {"decoded": decoded}
 
     def on_validation_epoch_end(self) -> None:
-        self.end_of_decoding()
-        if self._clock_started is not None:
-            elapsed = time.perf_counter() - self._clock_started
-            self.training_seconds = elapsed - self.clock.seconds["validation"]
-            self.log("time/training_seconds", self.training_seconds)
-        tau = {name: value.float() for name, value in self.tau.compute().items()}
-        self.tau_after = float(tau["micro"])
-        self.log("val/tau", tau["micro"], prog_bar=True, sync_dist=False)
-        self.log("val/tau_macro", tau["macro"])
-        for slot, rate in enumerate(self.by_position.compute().tolist(), start=1):
-            if not math.isnan(rate):
-                self.log(f"val/acceptance_position_{slot}", rate)
+        seconds = self.run.stop_clock()
+        if seconds is not None:
+            self.log("time/training_seconds", seconds)
+        figures = self.held_out.compute()
+        self.run.tau_after = float(figures["tau"])
+        for name, value in figures.items():
+            self.log(f"val/{name}", value, prog_bar=name == "tau", sync_dist=False)
 
     def on_test_epoch_start(self) -> None:
-        self.tested = {}
-        self._validating.enter_context(self.decoding())
+        self.held_out.tested = {}
 
     def test_step(self, batch: list[tuple[int, list[int]]], batch_idx: int) -> None:
-        generator = self._decoding_generator(batch_idx)
-        with ends_at_once():
-            decoded = self.decoder().decode_batch([prompt for _, prompt in batch], generator)
-        self.tested |= {place: d.emitted for (place, _), d in zip(batch, decoded, strict=True)}
+        decoded = self._decode([prompt for _, prompt in batch], batch_idx)
+        self.held_out.tested |= {index: d.emitted for (index, _), d in zip(batch, decoded, strict=True)}
 
     def on_test_epoch_end(self) -> None:
-        self.end_of_decoding()
-        parts = ranks.gathered(self.tested)
-        self.tested = {place: emitted for part in parts for place, emitted in part.items()}
-        micro, macro = acceptance_length(list(self.tested.values()))
-        self.log_dict({"test/tau": micro, "test/tau_macro": macro}, rank_zero_only=True)
+        figures = self.held_out.compute_test()
+        self.log_dict({f"test/{name}": value for name, value in figures.items()}, rank_zero_only=True)
 
-    def _decoding_generator(self, batch: int) -> torch.Generator:
-        return torch.Generator(self.device).manual_seed(ranks.own(self.seed * 1_000_003 + batch))
-
-    def decoder(self) -> Decoder:
-        """Speculative decoding with the drafter as it is now."""
-        return Decoder(
-            self.target, self.drafter, self.sampling, self.verification, self.max_new_tokens, self.stop, self.compiled
-        )
-
-    def configure_optimizers(self) -> Any:
-        optimizer = torch.optim.AdamW(
-            self.drafter.parameters(), lr=self.learning_rate, betas=self.betas, weight_decay=self.weight_decay
-        )
-        total = self._all_steps = max(1, int(self.trainer.estimated_stepping_batches))
-        rise = max(1, round(self.warmup * total))
-
-        def factor(step: int) -> float:
-            if step < rise:
-                return (step + 1) / rise
-            progress = min(1.0, (step - rise) / max(1, total - rise))
-            return self.final_rate + (1 - self.final_rate) * 0.5 * (1 + math.cos(math.pi * progress))
-
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, factor)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
+    # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
-        checkpoint["tokens_seen"] = self.tokens_seen
-        checkpoint["seconds"] = dict(self.clock.seconds)
-        checkpoint["operations"] = dict(self.clock.operations)
-        checkpoint["training_seconds"] = self.training_seconds
-        checkpoint["skipped_steps"] = self.skips.state()
-        checkpoint["tau"] = (self.tau_before, self.tau_after)
+        checkpoint["run"] = self.run.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.tokens_seen = checkpoint["tokens_seen"]
-        self.clock.seconds.update(checkpoint["seconds"])
-        self.earlier_seconds = sum(self.clock.seconds.values())
-        self.clock.operations.update(checkpoint.get("operations", {}))
-        self.training_seconds = checkpoint["training_seconds"]
-        # Absent in checkpoints of earlier versions.
-        self.skips.restore(checkpoint.get("skipped_steps", self.skips.state()))
-        self.tau_before, self.tau_after = checkpoint.get("tau", (math.nan, math.nan))
+        self.run.restore(checkpoint["run"])
 
-    def _draws(self) -> int:
-        """The seed of a micro-batch's draws: another one in every step, rank and micro-batch."""
-        step = (self.seed * 1_000_003 + self.global_step) * 1_009 + self.global_rank
-        return (step + len(self._step.batches) * 15_485_863) % 2**63
-
-    def _generator(self) -> torch.Generator | None:
-        """Of replay's draws; other ones than those that renew anchors."""
-        return None if self.sampling.greedy else torch.Generator(self.device).manual_seed(self._draws() ^ 0x9E3779B9)
+    def _draws(self, purpose: int) -> int:
+        """The seed of a micro-batch's draws: another one in every step, rank and micro-batch, and for each purpose."""
+        return ranks.mix(self.seed, self.global_step, self.global_rank, len(self._account.batches), purpose)

@@ -11,10 +11,11 @@ from typing import Any, cast
 import lightning as L
 
 from draftopd.distributed.interruption import ends_at_once
+from draftopd.distributed.ranks import mix
 from draftopd.errors import BufferError
-from draftopd.rollout.buffer import AnchorBuffer, BufferWriter, Recorded
+from draftopd.rollout.buffer import AnchorBuffer, BufferWriter
 from draftopd.rollout.request import Request
-from draftopd.rollout.rollouts import DecodeFreeRollout, Rollout
+from draftopd.rollout.rollouts import Rollout
 from draftopd.training.datamodule import ReplayDataModule
 from draftopd.training.module import DraftModule
 from draftopd.training.progress import rollout_progress
@@ -23,14 +24,13 @@ log = logging.getLogger(__name__)
 
 
 class RefreshAnchors(L.Callback):
-    """Refresh the anchor buffer at the start of an epoch, and renew anchors within it.
+    """Refresh the anchor buffer at the start of an epoch.
 
     Args:
         rollout: gives recorded sequences for prompts.
         root: the buffer's directory.
-        every_n_epochs: new prompts and anchors each so many epochs; 0 rolls out once, before the first.
-        every_n_steps: between refreshes, the sequences of the next so many steps get the anchors of the drafter
-            as it then is; None leaves them as they are. Needs a rollout that finds anchors without decoding.
+        every_n_epochs: epochs between two refreshes; 0 rolls out once, before the first epoch.
+        max_new_tokens: response limit of the texts; None takes that of validation.
         seed: of the rollout.
         show_progress: draw a progress bar.
     """
@@ -40,22 +40,15 @@ class RefreshAnchors(L.Callback):
         rollout: Rollout,
         root: Path,
         every_n_epochs: int = 1,
-        every_n_steps: int | None = None,
+        max_new_tokens: int | None = None,
         seed: int = 0,
         show_progress: bool = True,
     ) -> None:
         self.rollout, self.root = rollout, Path(root)
-        self.every_n_epochs, self.every_n_steps, self.seed = every_n_epochs, every_n_steps, seed
-        self.show_progress = show_progress
+        self.every_n_epochs, self.max_new_tokens = every_n_epochs, max_new_tokens
+        self.seed, self.show_progress = seed, show_progress
         #: Generation now replayed, and the step of the drafter that made it; in checkpoints too.
         self.made: tuple[int, int] | None = None
-
-    def setup(self, trainer: L.Trainer, pl_module: L.LightningModule, stage: str) -> None:
-        if self.every_n_steps is None:
-            return
-        data = _data(trainer)
-        data.renew = lambda records: self.renew(trainer, cast(DraftModule, pl_module), records)
-        data.renew_every = self.every_n_steps * trainer.accumulate_grad_batches
 
     def state_dict(self) -> dict[str, Any]:
         return {"made": self.made and list(self.made)}
@@ -103,6 +96,7 @@ class RefreshAnchors(L.Callback):
         writer = BufferWriter(
             self.root, generation, trainer.global_step, rank=trainer.global_rank, barrier=trainer.strategy.barrier
         )
+        rules = replace(module.rules, max_new_tokens=self.max_new_tokens or module.rules.max_new_tokens)
         shown = self.show_progress and trainer.is_global_zero
         with (
             ends_at_once(),
@@ -114,8 +108,7 @@ class RefreshAnchors(L.Callback):
         ):
             request = Request(
                 module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(places), places,
-                module.stop, self.rollout.sampling, self.rollout.max_new_tokens, data.max_prompt_tokens,
-                self.seed * 1_000_003 + generation, progress,
+                rules, data.max_prompt_tokens, mix(self.seed, generation), progress,
             )  # fmt: skip
             for batch in self.rollout.collect(request):
                 writer.add(batch)
@@ -127,19 +120,6 @@ class RefreshAnchors(L.Callback):
         if trainer.logger:
             logged = {f"rollout/{name}": float(value) for name, value in figures.items()}
             trainer.logger.log_metrics(logged, step=trainer.global_step)
-
-    def renew(self, trainer: L.Trainer, module: DraftModule, records: list[Recorded]) -> list[Recorded]:
-        """The same records with the anchors of the drafter as it now is."""
-        step = trainer.global_step
-        if all(record.step == step for record in records):
-            return records
-        assert isinstance(self.rollout, DecodeFreeRollout)
-        with module.drafting(), module.clock("walk"), module.decoding():
-            seed = (self.seed * 1_000_003 + step) * 1_009 + trainer.global_rank
-            return [
-                replace(record, step=step)
-                for record in self.rollout.anchored(module.target, module.drafter, records, seed)
-            ]
 
     def _stands(self, generation: int, step: int | None) -> tuple[bool, str]:
         """Whether the buffer is just this generation, rolled out by just this drafter; else what is wrong with it.

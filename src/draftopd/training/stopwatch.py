@@ -11,33 +11,70 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
+#: Sections of a training step; the other sections stand alone.
+STEP_SECTIONS = ("target", "walk", "drafter", "loss", "backward")
+
 
 class Stopwatch:
-    """Seconds by section: ``with clock("target"): ...``. Waits for the GPU, where there is one.
+    """Seconds by section: ``with clock("target"): ...``.
+
+    A GPU works behind the program, so that a section's time is known only by waiting for it, which costs time itself.
+    Therefore sections of a training step wait at the steps that :meth:`step` is told to time, and the seconds of the
+    others are taken to be alike. On a CPU every step is timed.
 
     Args:
-        counts: also count the floating-point operations of matrix multiplications and attention, two for each
-            multiplication and addition, into ``operations``. Sections must then not lie within one another.
+        counts: also count the floating-point operations of matrix multiplications and attention, two per
+            multiplication and addition, into ``operations``. Sections must then not be nested.
     """
 
     def __init__(self, counts: bool = False) -> None:
         self.counts = counts
-        self.seconds: dict[str, float] = defaultdict(float)
         self.operations: dict[str, float] = defaultdict(float)
+        self._measured: dict[str, float] = defaultdict(float)
+        self._timed = True
+        self._steps = self._timed_steps = 0
+
+    def step(self, timed: bool) -> None:
+        """Begin a training step, and say whether its sections are worth waiting for."""
+        self._timed = timed or not torch.cuda.is_available()
+        self._steps += 1
+        self._timed_steps += self._timed
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
-        _wait()
+        timed = self._timed or section not in STEP_SECTIONS
+        if timed:
+            _wait()
         counter = FlopCounterMode(display=False, custom_mapping=_ATTENTION_ON_CPU) if self.counts else None
         start = time.perf_counter()
         try:
             with counter or nullcontext():
                 yield
         finally:
-            _wait()
-            self.seconds[section] += time.perf_counter() - start
+            if timed:
+                _wait()
+                self._measured[section] += time.perf_counter() - start
             if counter:
                 self.operations[section] += counter.get_total_flops()
+
+    @property
+    def seconds(self) -> dict[str, float]:
+        """Seconds by section; those of steps are estimated from the steps that were timed."""
+        factor = self._steps / self._timed_steps if self._timed_steps else 1.0
+        return {s: t * (factor if s in STEP_SECTIONS else 1.0) for s, t in self._measured.items()}
+
+    def state(self) -> dict[str, Any]:
+        """For a checkpoint."""
+        return {
+            "measured": dict(self._measured), "operations": dict(self.operations),
+            "steps": self._steps, "timed_steps": self._timed_steps,
+        }  # fmt: skip
+
+    def restore(self, state: dict[str, Any]) -> None:
+        """Continue from what :meth:`state` gave."""
+        self._measured.update(state["measured"])
+        self.operations.update(state["operations"])
+        self._steps, self._timed_steps = state["steps"], state["timed_steps"]
 
 
 def _wait() -> None:

@@ -1,0 +1,18 @@
+"""Parts of a run that a configuration's top level names, shared by commands."""
+
+from __future__ import annotations
+
+from omegaconf import DictConfig
+
+from draftopd.decoding.rules import Rules
+from draftopd.decoding.sampling import Sampling
+
+
+def rules_of(config: DictConfig, stop: frozenset[int] = frozenset()) -> Rules:
+    """How responses are drawn, verified and ended.
+
+    Args:
+        stop: token ids that end a response, which the target and its tokenizer know.
+    """
+    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    return Rules(sampling, config.verification, stop, config.max_new_tokens)

@@ -1,0 +1,35 @@
+"""How responses are drawn, verified and ended: one value for rollout, replay, validation and evaluation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verification
+
+
+@dataclass(frozen=True)
+class Rules:
+    """The rules of decoding.
+
+    Args:
+        sampling: temperature, top-k and top-p, applied to the distributions of target and drafter alike.
+        verification: acceptance rule above temperature 0; at 0 both rules are the same.
+        stop: token ids that end a response, and are part of it.
+        max_new_tokens: response limit.
+    """
+
+    sampling: Sampling = Sampling()
+    verification: Verification = "rejection_sampling"
+    stop: frozenset[int] = frozenset()
+    max_new_tokens: int = 256
+
+    @property
+    def rejection(self) -> bool:
+        """Whether proposals are drawn and tested by rejection sampling."""
+        return self.verification == "rejection_sampling" and not self.sampling.greedy
+
+    @property
+    def draft_sampling(self) -> Sampling:
+        """How the drafter picks its proposals: its most likely tokens unless :attr:`rejection` tests them."""
+        return self.sampling if self.rejection else Sampling()
