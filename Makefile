@@ -63,8 +63,8 @@ $(VENV)/audit/bin/pip-audit:
 fuzz: $(DEV_STAMP) ## Fuzz what reads files and answers from elsewhere: ARGS="--seconds 600"
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz $(ARGS)
 
-figures: $(DEV_STAMP) ## Train, test and draw the main figure and table from scratch (benchmarks/plateau.py)
-	$(BIN)/python benchmarks/plateau.py --from-scratch $(ARGS)
+figures: $(DEV_STAMP) ## Train, test and draw the main figure and table from scratch (benchmarks/studies/plateau.py)
+	$(BIN)/python -m benchmarks.studies.plateau --from-scratch $(ARGS)
 
 # The variable silences a notice of the theme's about other programs.
 docs: $(DOCS_STAMP) ## Install with the docs extra and build the documentation into site/

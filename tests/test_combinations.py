@@ -10,14 +10,14 @@ import torch
 from hydra.utils import instantiate
 
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
-from draftopd.replay.replay import replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.targets.target import Target
-from tests.support.batches import as_batch
+from tests.support.batches import as_batch, replay
 from tests.support.losses import LOSSES, loss_config
 from tests.support.paths import ROOT
 
@@ -35,7 +35,7 @@ def texts(target: Target, drafter: Drafter, rule: str, stage: str) -> ReplayBatc
     sampling, verification = RULES[rule]
     prompts = [torch.randint(0, 60, (4 + i,), generator=torch.Generator().manual_seed(i)).tolist() for i in range(4)]
     generator = torch.Generator().manual_seed(2)
-    decoder = Decoder(target, None if stage == "sft" else drafter, sampling, verification, max_new_tokens=24)
+    decoder = Decoder(target, None if stage == "sft" else drafter, Rules(sampling, verification, max_new_tokens=24))
     decoded = decoder.decode_batch(prompts, generator)
     if stage == "sft":
         target.tap(drafter.target_layer_ids)
@@ -85,8 +85,8 @@ def test_each_drafter_is_lossless_after_learning(drafts: str, target: Target, ma
         loss(replay(target, drafter, batch, Sampling(), frozenset(), loss.scope)).loss.backward()
         optimizer.step()
     prompts = [ids[:start].tolist() for ids, start in zip(batch.ids, batch.starts.tolist(), strict=True)]
-    found = Decoder(target, drafter.eval(), max_new_tokens=24).decode_batch(prompts)
-    plain = Decoder(target, None, max_new_tokens=24).decode_batch(prompts)
+    found = Decoder(target, drafter.eval(), Rules(max_new_tokens=24)).decode_batch(prompts)
+    plain = Decoder(target, None, Rules(max_new_tokens=24)).decode_batch(prompts)
     assert [d.response for d in found] == [d.response for d in plain]
     accepted = sum(n for d in found for n in d.accepted) / sum(len(d.accepted) for d in found)
     assert accepted > 0.5

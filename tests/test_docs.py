@@ -17,9 +17,12 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
 from draftopd.cli.check import check
-from draftopd.cli.training import check_refresh
+from draftopd.cli.training import check_rollout
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
+from draftopd.losses.distilled import Distilled
 from draftopd.targets.target import Target
+from tests.support.blocks import make_blocks
 from tests.support.models import small_model
 from tests.support.paths import ROOT
 
@@ -48,6 +51,7 @@ def test_the_reference_has_every_file_and_key(reference: Any) -> None:
     for path in (ROOT / "configs").glob("*/*.yaml"):
         assert f"## `{path.parent.name}={path.stem}`" in pages
     assert "| `loss.gamma` | <code>0.8</code> | slot k of the rejected stream weighs gamma^(k-1) |" in pages
+    assert "## `loss=base/" not in pages and pages.count("| `loss.normalization` | <code>token</code> |") == 12
     assert "| `module.betas` | <code>[0.9, 0.95]</code> | AdamW's |" in pages
     assert "| `target.path` | <code>???</code> |" in pages
 
@@ -135,7 +139,7 @@ def test_every_job_of_an_ablation_composes(path: Path, monkeypatch: pytest.Monke
                 del config.hydra
                 check(known(config))
                 config = OmegaConf.create(known(config))
-                check_refresh(config, instantiate(config.rollout))
+                check_rollout(config, instantiate(config.rollout))
 
 
 def test_links_of_files_outside_the_site() -> None:
@@ -155,12 +159,15 @@ def code(page: str, first_line: str) -> dict[str, Any]:
 
 
 def test_the_loss_of_the_page() -> None:
-    loss = code("extending.md", "# src/draftopd/losses/hellinger.py")["Hellinger"](gamma=0.8)
+    hellinger = code("extending.md", "# src/draftopd/losses/hellinger.py")["hellinger"]
     drafted, targets = torch.randn(2, 5, 7, dtype=torch.float64)
     p, q = targets.softmax(-1), drafted.softmax(-1)
     expected = 0.5 * (p.sqrt() - q.sqrt()).square().sum(-1)
-    torch.testing.assert_close(loss.slot(drafted, targets.log_softmax(-1)), expected)
-    assert (ROOT / "README.md").read_text().count("class Hellinger(SlotLoss):") == 1
+    torch.testing.assert_close(hellinger(drafted, targets.log_softmax(-1)), expected)
+    blocks = make_blocks()
+    value = Distilled(accepted=hellinger, gamma=0.8)(blocks).loss
+    assert 0 < value < 1 and torch.autograd.grad(value, blocks.draft_states)[0].abs().sum() > 0
+    assert (ROOT / "README.md").read_text().count("def hellinger(draft_logits, log_p):") == 1
 
 
 def test_the_drafter_of_the_page(tmp_path: Path) -> None:
@@ -170,7 +177,7 @@ def test_the_drafter_of_the_page(tmp_path: Path) -> None:
     target = Target(small_model("qwen3"))
     drafter = kind.build(target, None, block_size=4)
     prompts = [[3, 1, 4, 1, 5], [9, 2, 6]]
-    plain, drafted = (Decoder(target, d, max_new_tokens=16).decode_batch(prompts) for d in (None, drafter))
+    plain, drafted = (Decoder(target, d, Rules(max_new_tokens=16)).decode_batch(prompts) for d in (None, drafter))
     assert [d.response for d in drafted] == [d.response for d in plain]
 
     target.tap(drafter.target_layer_ids)

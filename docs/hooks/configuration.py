@@ -2,12 +2,13 @@
 
 A key's description is the comment behind it, or the lines of comment above it. Where a file has none, it is that of the
 same key in another option of its group, or of the key that an experiment overrides: one meaning is written down once.
+A group's ``base/`` files hold keys that several options share; each option that begins with one is shown with them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from html import escape
 from pathlib import Path
 
@@ -34,9 +35,13 @@ USUAL = {
     "trajectories": "in_process",
     "data": "reasoning",
     "rollout": "speculative",
-    "loss": "asymmetric_kl",
+    "loss": "sharp_kl",
     "benchmark": "gsm8k",
 }
+
+
+#: Ends an entry of a defaults list that puts a base's keys at the option's own place.
+HERE = "@_here_"
 
 
 @dataclass(frozen=True)
@@ -90,6 +95,7 @@ def read(configs: Path) -> list[Option]:
     for group in GROUPS:
         folder = configs / group
         names = [path.relative_to(folder).with_suffix("").as_posix() for path in folder.rglob("*.yaml")]
+        names = [name for name in names if not name.startswith("base/")]
         for name in sorted(names, key=lambda name: (name != USUAL.get(group), "/" in name, name)):
             option = read_option(folder / f"{name}.yaml", group)
             option.name = name  # its folder included
@@ -108,15 +114,33 @@ def read_option(path: Path, group: str) -> Option:
     root = yaml.compose(source)
     first = root.value[0][0].start_mark.line
     head = _head(lines[:first])
-    option = Option(group, path.stem, head, "")
+    option, bases = Option(group, path.stem, head, ""), list[Option]()
     for key, value in root.value:
         if key.value == "_target_":
             option.calls = value.value
         elif key.value == "defaults":
-            option.begins = [_begin(entry) for entry in value.value if _begin(entry)]
+            chosen = [_begin(entry) for entry in value.value]
+            shared = [path.parent / f"{name}.yaml" for entry in chosen if (name := entry.removesuffix(HERE)) != entry]
+            bases += [read_option(base, group) for base in shared]
+            option.begins = [entry for entry in chosen if entry and not entry.endswith(HERE)]
         else:
             option.keys += _leaves(key, value, [], package, lines, first)
+    for base in reversed(bases):
+        _take_over(option, base)
     return option
+
+
+def _take_over(option: Option, base: Option) -> None:
+    """Give an option the keys of a base that it does not set, and the base's comments on those that it sets."""
+    option.calls = option.calls or base.calls
+    theirs = {key.path: key for key in base.keys}
+    option.keys = [
+        replace(key, comment=theirs[key.path].comment) if key.path in theirs and not key.comment else key
+        for key in option.keys
+    ]
+    own = {key.path for key in option.keys}
+    # A container that the option fills in stands for the base's single value.
+    option.keys += [k for k in base.keys if k.path not in own and not any(o.startswith(f"{k.path}.") for o in own)]
 
 
 def _head(lines: list[str]) -> str:
@@ -144,6 +168,8 @@ def _leaves(
     Comment above line ``first`` is the file's, not a key's.
     """
     path = [*above, key.value]
+    if key.value == "_partial_":  # how Hydra makes a function, no choice
+        return
     if isinstance(value, yaml.MappingNode) and not value.flow_style and value.value:
         for inner_key, inner in value.value:
             yield from _leaves(inner_key, inner, path, package, lines, first)
@@ -229,7 +255,7 @@ page here is made from these files when the site is built: their keys, their def
 python train.py loss=forward_kl                 # GROUP=OPTION swaps a part
 python train.py loss.gamma=0.9 seed=1           # KEY=VALUE changes a value
 python train.py loss=forward_kl --cfg job       # shows the whole configuration and runs nothing
-python train.py -m loss=asymmetric_kl,forward_kl seed=0,1   # a sweep
+python train.py -m loss=sharp_kl,forward_kl seed=0,1   # a sweep
 ```
 
 A wrong name or type ends the command before a model is loaded, and names the nearest valid choice. `null` is YAML's

@@ -12,7 +12,7 @@ from tests.support.models import DRAFTERS, small_model
 from tests.support.refusing import Copy
 from transformers import PreTrainedTokenizerFast
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.rollout.request import Request
 from draftopd.targets.target import Target
@@ -52,4 +52,13 @@ def copy(originals: Path, tmp_path: Path) -> Copy:
 @pytest.fixture
 def request_(whole_target: Target, tokenizer: PreTrainedTokenizerFast) -> Request:
     """For one text of at most eight tokens after the prompt ``[5, 6]``."""
-    return Request(whole_target, None, tokenizer, lambda: [[5, 6]], range(1), frozenset({3}), Sampling(), 8, 64, seed=0)
+    return Request(
+        whole_target,
+        None,
+        tokenizer,
+        lambda: [[5, 6]],
+        range(1),
+        Rules(stop=frozenset({3}), max_new_tokens=8),
+        64,
+        seed=0,
+    )

@@ -27,7 +27,7 @@ OVERRIDES = {
     "group option misspelt": ("loss=asymetric_kl", "did you mean 'asymmetric_kl'"),
     "group null": ("logger=null", "write ~logger"),
     "key misspelt": ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_ep"),
-    "key of the module misspelt": ("module.learning_rat=1", "did you mean 'module.learning_rate'?"),
+    "key of the module misspelt": ("module.learning_rat=1", "did you mean 'optimizer.lr'?"),
     "key of the loss misspelt": ("loss.gama=0.5", "did you mean 'loss.gamma'?"),
     "no value": ("seed", "'seed' is no override: write KEY=VALUE"),
     "bracket left open": ("seed=[1", "'seed=[1' cannot be read"),
@@ -72,7 +72,7 @@ def test_beside_flags(arguments: list[str], message: str) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ["-m", "loss=asymmetric_kl,forward_kl", "loss.accepted_weight=0.5,1", "seed=range(3)"],
+        ["-m", "loss=sharp_kl,forward_kl", "loss.accepted_weight=0.5,1", "seed=range(3)"],
         ["-m", "experiment=ablation/gamma"],
         ["--multirun", "drafter=glob(*)"],
         ["~logger", "--cfg", "job"],
@@ -92,11 +92,11 @@ def test_a_key_in_the_environment_is_fine(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 NODES: dict[str, tuple[dict[str, Any], str]] = {
-    "option misspelt": ({"_target_": "draftopd.losses.kl.ForwardKL", "gama": 1.0}, "did you mean 'gamma'"),
+    "option misspelt": ({"_target_": "draftopd.losses.distilled.Distilled", "gama": 1.0}, "did you mean 'gamma'"),
     "value of another type": (
-        {"_target_": "draftopd.losses.kl.ForwardKL", "gamma": "x"}, "part.gamma='x' does not fit float",
+        {"_target_": "draftopd.losses.distilled.Distilled", "gamma": "x"}, "part.gamma='x' does not fit float",
     ),
-    "class misspelt": ({"_target_": "draftopd.losses.kl.FowardKL"}, "names nothing that can be imported: check"),
+    "class misspelt": ({"_target_": "draftopd.losses.distilled.Distiled"}, "names nothing that can be imported: check"),
     "module unknown": ({"_target_": "nowhere.Thing"}, "names nothing"),
     "_target_ a number": ({"_target_": 5}, "names nothing"),
     "_target_ a list": ({"_target_": ["os.system"]}, "names nothing"),
@@ -104,9 +104,21 @@ NODES: dict[str, tuple[dict[str, Any], str]] = {
     "_target_ no part": ({"_target_": "draftopd.errors"}, "names nothing that can be called|names nothing"),
     "value missing": ({"_target_": "draftopd.targets.load.load_target", "path": "???"}, "part.path must be given"),
     "choice unknown": (
-        {"_target_": "draftopd.losses.asymmetric_kl.AsymmetricKL", "normalization": "both"}, "normalization=both does",
+        {"_target_": "draftopd.losses.distilled.Distilled", "normalization": "both"}, "normalization=both does",
     ),
-    "truth value a text": ({"_target_": "draftopd.losses.kl.ForwardKL", "gamma": True}, "gamma=True does not fit"),
+    "truth value a text": (
+        {"_target_": "draftopd.losses.distilled.Distilled", "gamma": True}, "gamma=True does not fit",
+    ),
+    "divergence missing": (
+        {"_target_": "draftopd.losses.distilled.Distilled", "accepted": "???"}, "part.accepted must be given",
+    ),
+    "option of a divergence out of range": (
+        {
+            "_target_": "draftopd.losses.distilled.Distilled",
+            "accepted": {"_target_": "draftopd.losses.divergence.jensen_shannon", "_partial_": True, "beta": 1.0},
+        },
+        "part.accepted.beta=1.0 does not fit float",
+    ),
 }  # fmt: skip
 
 
@@ -132,20 +144,20 @@ VALUES = {
     "max_new_tokens=0": "rollout.max_new_tokens=0 does not fit int: .*greater than 0",
     "max_new_tokens=-5": "greater than 0",
     "rollout.batch_size=0": "rollout.batch_size=0 does not fit int",
-    "rollout.temperature=hot": "rollout.temperature='hot' does not fit float",
-    "rollout.verification=none": "rollout.verification=none does not exist",
+    "temperature=hot": "temperature='hot' does not fit float",
+    "verification=none": "verification=none does not exist",
     "drafter.num_layers=0": "drafter.num_layers=0 does not fit int",
     "drafter.num_heads=-2": "drafter.num_heads=-2 does not fit",
     "drafter.target_layer_ids=[a]": "drafter.target_layer_ids",
-    "module.learning_rate=0": "module.learning_rate=0 does not fit",
-    "module.learning_rate=-1": "greater than 0",
-    "module.learning_rate=nan": "module.learning_rate=nan does not fit",
-    "module.learning_rate=inf": "module.learning_rate=inf does not fit",
-    "module.learning_rate=fast": "module.learning_rate='fast' does not fit",
+    "optimizer.lr=0": "optimizer.lr=0 does not fit",
+    "optimizer.lr=-1": "greater than 0",
+    "optimizer.lr=nan": "optimizer.lr=nan does not fit",
+    "optimizer.lr=inf": "optimizer.lr=inf does not fit",
+    "optimizer.lr=fast": "optimizer.lr='fast' does not fit",
     "module.betas=[0.9]": "module.betas",
     "module.betas=[0.9,2]": "module.betas",
-    "module.warmup=1.5": "less than or equal to 1",
-    "module.final_rate=-0.5": "greater than or equal to 0",
+    "schedule.warmup=1.5": "less than or equal to 1",
+    "schedule.final=-0.5": "greater than or equal to 0",
     "module.weight_decay=-1": "greater than or equal to 0",
     "+module.learning_rat=1": "did you mean 'learning_rate'",
     "seed=-1": "seed=-1 does not fit",

@@ -14,7 +14,7 @@ import httpx2
 import pytest
 from tests.support.refusing import refused
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.errors import ServerError
 from draftopd.evaluation.served import Asking, ServerEngine
 from draftopd.io import connection
@@ -279,7 +279,7 @@ SERVED: dict[str, tuple[str, Any, str]] = {
 def test_served(api: Any, answer: Any, message: str, serve: Any, tmp_path: Path) -> None:
     serve(answer)
     engine = ServerEngine("http://x", concurrency=(1,), attempts=1, api=api)
-    asking = Asking(Sampling(), 8, frozenset({3}))
+    asking = Asking(Rules(stop=frozenset({3}), max_new_tokens=8))
     refused(lambda: engine.evaluate("own", [[5, 6]], asking), ServerError, f"http://x.*{message}", tmp_path)
 
 

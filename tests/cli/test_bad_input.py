@@ -105,9 +105,9 @@ def test_a_loss_that_is_not_finite(script: Script, tmp_path: Path, chat_targets:
     done = script(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path}", *DRAFTER, *SMALL,
         "module.max_skipped_in_a_row=0",
-        "module.learning_rate=1e30", "module.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",
+        "optimizer.lr=1e30", "schedule.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",
     )  # fmt: skip
-    fails(done, "The loss is nan at step", "Lower module.learning_rate")
+    fails(done, "The loss is nan at step", "Lower optimizer.lr")
 
 
 @pytest.mark.slow

@@ -46,11 +46,15 @@ def test_sft_takes_texts_from_every_source() -> None:
 
 @pytest.mark.parametrize(
     "change, message",
-    [({"gama": 1.0}, "did you mean 'gamma'"), ({"gamma": "x"}, "loss.gamma='x' does not fit"), ({"bta": 1}, "'beta'")],
+    [
+        ({"gama": 1.0}, "did you mean 'gamma'"),
+        ({"gamma": "x"}, "loss.gamma='x' does not fit"),
+        ({"flor": 1}, "'floor'"),
+    ],
 )
 def test_arguments_of_the_base_class_are_checked_too(change: dict, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
-        check({"_target_": "draftopd.losses.kl.JSD", **change}, "loss")
+        check({"_target_": "draftopd.losses.sampled_kl.SampledKL", **change}, "loss")
 
 
 @pytest.mark.parametrize(

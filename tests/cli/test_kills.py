@@ -1,4 +1,4 @@
-"""A small part of ``benchmarks/kills.py``: runs killed at random moments come to what one left alone does."""
+"""A small part of ``benchmarks/faults/kills.py``: killed runs end as a run does that nobody killed."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from tests.support.paths import ROOT
 def test_killed_runs_end_with_the_same_weights(tmp_path: Path) -> None:
     results = tmp_path / "kills.json"
     done = subprocess.run(
-        [sys.executable, str(ROOT / "benchmarks" / "kills.py"), "--kills", "2", "--per-run", "2",
+        [sys.executable, "-m", "benchmarks.faults.kills", "--kills", "2", "--per-run", "2",
          "--kinds", "decode_free", "--phases", "buffer", "step", "checkpoint", "--results", str(results)],
-        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600, check=False,
+        cwd=ROOT, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=600, check=False,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(results.read_text())

@@ -15,7 +15,7 @@ from draftopd.drafters.dflash import DFlashDrafter
 #: Plain texts, so that one process and two see the same; all anchors, so that none is drawn; one step.
 COMMON = (
     "rollout=target", "data.anchors=all", "data.anchors_per_sequence=null", "data.prompts_per_refresh=4",
-    "module.warmup=0.5", "validate_first=false", "trainer.accelerator=cpu", "trainer.max_epochs=1",
+    "schedule.warmup=0.5", "validate_first=false", "trainer.accelerator=cpu", "trainer.max_epochs=1",
     "trainer.log_every_n_steps=1",
 )  # fmt: skip
 TWO = ("trainer.devices=2", "data.batch_size=2")

@@ -70,7 +70,7 @@ def test_the_log_shows_how_stale_anchors_are(schedule: list[str], ages: list[int
 
 
 def test_fresh_anchors_above_temperature_zero(train, tmp_path: Path) -> None:
-    overrides = ("rollout=decode_free", "refresh.every_n_steps=1", "rollout.temperature=1.0", "data.anchors=error")
+    overrides = ("rollout=decode_free", "refresh.every_n_steps=1", "temperature=1.0", "data.anchors=error")
     done = train(tmp_path, *overrides)
     assert done.returncode == 0, done.stderr
     # A refresh only brings texts.

@@ -27,7 +27,7 @@ def test_growing_texts_and_shrinking_batches() -> None:
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(3))
     stop = stop_tokens(target, tokenizer)
     plain, compiled = (
-        Decoder(target, drafter, max_new_tokens=96, stop=stop, compiled=compiled) for compiled in (False, True)
+        Decoder(target, drafter, Rules(stop=stop, max_new_tokens=96), compiled=compiled) for compiled in (False, True)
     )
     assert list(compiled.decode(prompts, 3)) == list(plain.decode(prompts, 3))
 

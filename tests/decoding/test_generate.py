@@ -16,6 +16,7 @@ from torch import Tensor
 from draftopd.bundled.problems import problems
 from draftopd.decoding import step
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Chooser, Draft, Drafter, TargetShape
@@ -189,7 +190,7 @@ class TestGreedy:
         drafters = [None, *(make_any(drafts, target) for drafts in DRAFTERS)]
         drafters.append(make_any("dflash", target, num_layers=1, block_size=7, target_layer_ids=(1,), seed=1))
         for drafter in drafters:
-            decoder = Decoder(target, drafter, max_new_tokens=NEW_TOKENS, stop=stop)
+            decoder = Decoder(target, drafter, Rules(stop=stop, max_new_tokens=NEW_TOKENS))
             results = decode_all(decoder, prompts, batch_size)
             assert [r.prompt for r in results] == prompts
             assert [r.response for r in results] == expected
@@ -217,7 +218,7 @@ class TestGreedy:
             texts = [p + c for p, c in zip(batch, continued[start:], strict=False)]
             lies = [set((torch.rand(60, generator=generator) < 0.3).nonzero()[:, 0].tolist()) for _ in batch]
             prophet = Prophet(texts, block_size=5, lies=lies)
-            results = Decoder(target, prophet, max_new_tokens=NEW_TOKENS, stop=stop).decode_batch(batch)
+            results = Decoder(target, prophet, Rules(stop=stop, max_new_tokens=NEW_TOKENS)).decode_batch(batch)
             assert [r.response for r in results] == expected[start : start + batch_size]
             for result in results:
                 check_books(result, 5, NEW_TOKENS, stop)
@@ -231,14 +232,16 @@ class TestGreedy:
         target = load_target(str(target_dirs[kind]), dtype="float32")
         expected = [greedy_reference(target, prompt, NEW_TOKENS, frozenset()) for prompt in prompts]
         for drafter in (None, *(make_any(drafts, target) for drafts in DRAFTERS)):
-            results = decode_all(Decoder(target, drafter, max_new_tokens=NEW_TOKENS), prompts, batch_size=5)
+            results = decode_all(Decoder(target, drafter, Rules(max_new_tokens=NEW_TOKENS)), prompts, batch_size=5)
             assert [r.response for r in results] == expected
 
     def test_equals_transformers_generate(
         self, target: Target, make_drafter: MakeDrafter, prompts: list[list[int]]
     ) -> None:
         stop = frozenset(range(0, 64, 9))
-        results = decode_all(Decoder(target, make_drafter(target), max_new_tokens=NEW_TOKENS, stop=stop), prompts, 4)
+        results = decode_all(
+            Decoder(target, make_drafter(target), Rules(stop=stop, max_new_tokens=NEW_TOKENS)), prompts, 4
+        )
         for prompt, result in zip(prompts, results, strict=True):
             ids = torch.tensor([prompt])
             output = target.model.generate(
@@ -255,7 +258,7 @@ class TestGreedy:
         """What was proposed while decoding ragged batches is what replay proposes at the same anchors."""
         drafter = make_any(drafts, target)
         stop = frozenset(range(0, 64, 9))
-        decoder = Decoder(target, drafter, sampling, "target_only", NEW_TOKENS, stop)
+        decoder = Decoder(target, drafter, Rules(sampling, "target_only", stop=stop, max_new_tokens=NEW_TOKENS))
         results = decode_all(decoder, prompts, batch_size=8)
         assert sum(len(r.anchors) for r in results) > 50
         for result in results:
@@ -282,7 +285,7 @@ class TestEnds:
         prompt, continuation = text
         lies = {len(prompt) + i for i in lies or ()}
         prophet = Prophet([prompt + continuation], block_size, [lies])
-        result = Decoder(target, prophet, max_new_tokens=max_new_tokens, stop=stop).decode_batch([prompt])[0]
+        result = Decoder(target, prophet, Rules(stop=stop, max_new_tokens=max_new_tokens)).decode_batch([prompt])[0]
         check_books(result, block_size, max_new_tokens, stop)
         assert result.response == continuation[: len(result.response)]
         return result
@@ -338,7 +341,7 @@ class TestEnds:
         assert result.acceptance_length == 1
 
     def test_plain_decoding(self, target: Target, text: tuple[list[int], list[int]]) -> None:
-        result = Decoder(target, None, max_new_tokens=9).decode_batch([text[0]])[0]
+        result = Decoder(target, None, Rules(max_new_tokens=9)).decode_batch([text[0]])[0]
         assert result.acceptance_length == 1
         assert result.anchors == list(range(len(text[0]), len(text[0]) + 8))
 
@@ -376,7 +379,7 @@ class TestSampled:
         chi_square: Callable[[Tensor, Tensor], float],
     ) -> list[float]:
         """For each prompt, decoded in mixed batches, the chi-square test against its law."""
-        decoder = Decoder(target, drafter, sampling, verification, max_new_tokens=self.LENGTH)
+        decoder = Decoder(target, drafter, Rules(sampling, verification, max_new_tokens=self.LENGTH))
         prompts = list(self.PROMPTS) * (self.ROWS * self.BATCHES // 2)
         results = decode_all(decoder, prompts, self.ROWS, seed=1)
         if drafter is not None:
@@ -447,7 +450,7 @@ class TestSampled:
 
     @pytest.mark.parametrize("verification", ["rejection_sampling", "target_only"])
     def test_seeds_reproduce(self, target: Target, make_drafter: MakeDrafter, verification: Verification) -> None:
-        decoder = Decoder(target, make_drafter(target), Sampling(1.0), verification, max_new_tokens=20)
+        decoder = Decoder(target, make_drafter(target), Rules(Sampling(1.0), verification, max_new_tokens=20))
         prompts = random_prompts(10, vocabulary=6)
         first = decode_all(decoder, prompts, batch_size=4, seed=5)
         assert first == decode_all(decoder, prompts, batch_size=4, seed=5)
@@ -458,7 +461,7 @@ class TestSampled:
         assert len({tuple(r.response) for r in same}) == 6
 
     def test_stop_tokens(self, target: Target, make_drafter: MakeDrafter) -> None:
-        decoder = Decoder(target, make_drafter(target), Sampling(1.0), max_new_tokens=9, stop=frozenset({3}))
+        decoder = Decoder(target, make_drafter(target), Rules(Sampling(1.0), stop=frozenset({3}), max_new_tokens=9))
         results = decode_all(decoder, random_prompts(60, vocabulary=6), batch_size=20)
         assert {r.finish for r in results} == {"stop", "length"}
         assert all(3 not in r.response[:-1] for r in results)
@@ -468,10 +471,10 @@ class TestSampled:
 class TestPrompts:
     def test_empty(self, target: Target) -> None:
         with pytest.raises(PromptError, match="Prompt 1 is empty"):
-            decode_all(Decoder(target, None, max_new_tokens=4), [[1], []], batch_size=2)
+            decode_all(Decoder(target, None, Rules(max_new_tokens=4)), [[1], []], batch_size=2)
 
     def test_too_long(self, target: Target, make_drafter: MakeDrafter) -> None:
-        decoder = Decoder(target, make_drafter(target, block_size=6), max_new_tokens=20)
+        decoder = Decoder(target, make_drafter(target, block_size=6), Rules(max_new_tokens=20))
         room = target.max_positions - 20 - 6
         decoder.check([1] * room)
         with pytest.raises(PromptError, match=rf"Prompt 2 has {room + 1} tokens.*max_new_tokens=20.*{room}"):
@@ -481,7 +484,7 @@ class TestPrompts:
         room = target.max_positions - 20 - 4
         prompts = [[3, 9] * (room // 2), [5]]
         results = [
-            decode_all(Decoder(target, drafter, max_new_tokens=20), prompts, batch_size=2)
+            decode_all(Decoder(target, drafter, Rules(max_new_tokens=20)), prompts, batch_size=2)
             for drafter in (None, make_drafter(target))
         ]
         assert [r.response for r in results[0]] == [r.response for r in results[1]]
@@ -489,7 +492,7 @@ class TestPrompts:
 
     def test_batches_keep_the_prompts_order(self, target: Target) -> None:
         prompts = random_prompts(7)
-        batches = list(Decoder(target, None, max_new_tokens=2).decode(prompts, batch_size=3))
+        batches = list(Decoder(target, None, Rules(max_new_tokens=2)).decode(prompts, batch_size=3))
         assert [len(batch) for batch in batches] == [3, 3, 1]
         assert [r.prompt for batch in batches for r in batch] == prompts
 
@@ -531,7 +534,7 @@ def bundled_responses(
     bundled_target: Target, bundled_prompts: list[list[int]], bundled_stop: frozenset[int]
 ) -> list[list[int]]:
     """Plain greedy decoding, one token a forward."""
-    decoder = Decoder(bundled_target, None, max_new_tokens=BUNDLED_NEW_TOKENS, stop=bundled_stop)
+    decoder = Decoder(bundled_target, None, Rules(stop=bundled_stop, max_new_tokens=BUNDLED_NEW_TOKENS))
     results = decode_all(decoder, bundled_prompts, batch_size=64)
     assert {result.finish for result in results} == {"stop", "length"}
     return [result.response for result in results]
@@ -571,7 +574,7 @@ def test_the_bundled_drafters_are_lossless(
     count: int,
 ) -> None:
     drafter = load_drafter(f"bundled:{name}").eval()
-    decoder = Decoder(bundled_target, drafter, max_new_tokens=BUNDLED_NEW_TOKENS, stop=bundled_stop)
+    decoder = Decoder(bundled_target, drafter, Rules(stop=bundled_stop, max_new_tokens=BUNDLED_NEW_TOKENS))
     results = decode_all(decoder, bundled_prompts[:count], batch_size)
     assert len(results) == count
     wrong = [i for i, result in enumerate(results) if result.response != bundled_responses[i]]

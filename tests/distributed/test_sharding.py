@@ -10,18 +10,20 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from tests.support.batches import replay
 from tests.support.models import DRAFTERS
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed.sharding import Shards, whole_tensors
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
-from draftopd.losses.asymmetric_kl import AsymmetricKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.batch import ReplayBatch, pad_anchors
-from draftopd.replay.replay import replay
 from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
@@ -40,13 +42,13 @@ def batch_of(rank: int) -> ReplayBatch:
 
 def loss_of(target: Target, drafter: Drafter, rank: int) -> Tensor:
     blocks = replay(target, drafter, batch_of(rank), Sampling(), frozenset())
-    return AsymmetricKL(target_temperature=0.5)(blocks).loss
+    return Distilled(accepted=forward_kl, rejected=reverse_kl, target_temperature=0.5)(blocks).loss
 
 
 def decode(target: Target, drafter: Drafter, rank: int) -> Iterator[list[Decoded]]:
     """Rank 1 decodes more and longer texts."""
     prompts = [[1, 2, 3], [4, 5], [6], [7, 8, 9]][: 1 + 3 * rank]
-    return Decoder(target, drafter, max_new_tokens=6 + 10 * rank).decode(prompts)
+    return Decoder(target, drafter, Rules(max_new_tokens=6 + 10 * rank)).decode(prompts)
 
 
 def check(rank: int, target: Target, drafter: Drafter) -> None:

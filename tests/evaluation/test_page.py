@@ -15,6 +15,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.draft_text import DraftedBlock, as_html, as_markdown, blocks_of, viewer
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.evaluation.cost import Prediction
 from draftopd.evaluation.lossless import Mismatch
@@ -177,7 +178,7 @@ def test_blocks_of_a_real_decode(
     bundled_pair: Pair, bundled_drafters: dict[str, Drafter], bundled_tokenizer: PreTrainedTokenizerBase
 ) -> None:
     target, _, prompts, stop = bundled_pair
-    found = Decoder(target, bundled_drafters["opd"], max_new_tokens=80, stop=stop).decode_batch(prompts[:3])
+    found = Decoder(target, bundled_drafters["opd"], Rules(stop=stop, max_new_tokens=80)).decode_batch(prompts[:3])
     for one in found:
         blocks = blocks_of(one, bundled_tokenizer)
         assert "".join(b.accepted + b.emitted for b in blocks) == bundled_tokenizer.decode(one.response)

@@ -13,6 +13,7 @@ from rich.console import Console
 from tests.support.engine import Engine, text_of
 from tests.support.serving import serving
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, ServerError
 from draftopd.evaluation.served import Answered, Asking, Served, ServerEngine, _Measured
@@ -20,7 +21,7 @@ from draftopd.evaluation.served_report import HEADINGS, print_served, rows, writ
 from draftopd.io import connection
 
 PROMPTS = [[10 + i, 5, 7] for i in range(8)]
-ASKING = Asking(Sampling(), max_new_tokens=16, stop=frozenset({2}))
+ASKING = Asking(Rules(stop=frozenset({2}), max_new_tokens=16))
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,9 @@ def test_as_many_requests_as_told_are_under_way() -> None:
 
 def test_what_is_asked_for() -> None:
     engine = Engine()
-    evaluate(engine, asking=Asking(Sampling(0.7, top_k=5, top_p=0.9), 16, frozenset({2}), seed=3))
+    evaluate(
+        engine, asking=Asking(Rules(Sampling(0.7, top_k=5, top_p=0.9), stop=frozenset({2}), max_new_tokens=16), seed=3)
+    )
     assert engine.server is not None
     bodies = engine.server.requests
     assert len(bodies) == 8 + 8 and sorted(b["prompt"] for b in bodies[8:]) == PROMPTS
@@ -98,7 +101,9 @@ def test_no_speedup_where_texts_differ(api: str) -> None:
 
 
 def test_above_temperature_0_texts_are_not_compared() -> None:
-    (found,) = evaluate(Differing([2]), Engine(), asking=Asking(Sampling(1.0), 16, frozenset({2})))
+    (found,) = evaluate(
+        Differing([2]), Engine(), asking=Asking(Rules(Sampling(1.0), stop=frozenset({2}), max_new_tokens=16))
+    )
     assert found.compared is None and found.lossless is None and found.speedup is not None
 
 

@@ -1,4 +1,4 @@
-"""Fuzz for as long as told, and keep the counts.
+"""Fuzz for the given time, and keep the counts.
 
     python -m tests.fuzz --seconds 600
 
@@ -7,9 +7,6 @@ Subjects take turns. A finding is kept with its input, and ends the command with
 
 from __future__ import annotations
 
-import argparse
-import datetime
-import json
 import logging
 import random
 import sys
@@ -21,20 +18,19 @@ from pathlib import Path
 import torch
 from transformers.utils.logging import disable_progress_bar
 
+from benchmarks.common import keep, parser
 from tests.fuzz.mutations import mutate
 from tests.fuzz.running import outcome
 from tests.fuzz.subjects import subjects
 
-RESULTS = Path(__file__).parents[2] / "benchmarks" / "results" / "fuzz.json"
 SHOWN = 20
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seconds", type=float, default=600.0)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    made = parser(__doc__, "fuzz.json")
+    made.add_argument("--seconds", type=float, default=600.0)
+    made.add_argument("--seed", type=int, default=0)
+    options = made.parse_args()
     torch.set_num_threads(1)
     logging.disable(logging.WARNING)  # a warning a mutation says nothing
     disable_progress_bar()
@@ -59,20 +55,17 @@ def main() -> None:
         seconds = time.monotonic() - began
     total = sum(sum(count.values()) for count in counts.values())
     report = {
-        "date": datetime.date.today().isoformat(),
-        "seed": options.seed,
         "seconds": round(seconds, 1),
         "executions": total,
         "findings": findings,
         "subjects": {name: dict(count) for name, count in counts.items()},
     }
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    options.results.write_text(json.dumps(report, indent=2) + "\n")
+    keep(options.results, options, report)
     for name, count in counts.items():
         print(f"{name}: {count['read']} read, {count['refused']} refused, {count['finding']} findings")
     for finding in findings:
         print(f"FINDING in {finding['subject']}: {finding['error']}")
-    print(f"{total} executions in {seconds:.0f} s, {len(findings)} findings; kept in {options.results}")
+    print(f"{total} executions in {seconds:.0f} s, {len(findings)} findings")
     sys.exit(bool(findings))
 
 

@@ -17,7 +17,7 @@ from draftopd.bundled.tokenizer import build_tokenizer
 from draftopd.cli.interop import read_any
 from draftopd.data.prompts import JsonlPrompts, PromptEncoder
 from draftopd.decoding.generate import Decoder
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -58,7 +58,9 @@ def subjects(root: Path) -> dict[str, Subject]:
     model = small_model("qwen3")
     model.save_pretrained(root / "target")
     target, tokenizer = Target(model), build_tokenizer(vocab_size=400, corpus=200)
-    request = Request(target, None, tokenizer, lambda: [[5, 6]], range(3), frozenset({3}), Sampling(), 8, 64, seed=0)
+    request = Request(
+        target, None, tokenizer, lambda: [[5, 6]], range(3), Rules(stop=frozenset({3}), max_new_tokens=8), 64, seed=0
+    )
     found = {"prompts": _prompts(root, PromptEncoder(tokenizer)), "recorded texts": _texts(root, request)}
     tokenizer.save_pretrained(root / "target")
     found |= {"suites": _suites(root), "kept batch": _batch(root)}
@@ -102,7 +104,7 @@ def _prompts(root: Path, encoder: PromptEncoder) -> Subject:
 
 
 def _texts(root: Path, request: Request) -> Subject:
-    decoder = Decoder(request.target, None, max_new_tokens=request.max_new_tokens, stop=request.stop)
+    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=request.max_new_tokens))
     texts = decoder.decode_batch([[5, 6, i] for i in range(3)])
     rows = [{"prompt_token_ids": text.prompt, "token_ids": text.response, "x": None} for text in texts]
 

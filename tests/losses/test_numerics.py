@@ -10,19 +10,20 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.losses.test_every_loss import CASES, HARD
+from tests.losses.references import CASES
 from tests.support.blocks import VOCAB, K, N, make_blocks
 from torch import Tensor, nn
 
-from draftopd.losses.acceptance import LK, E2ETotalVariation
-from draftopd.losses.base import LEAST_LOG_P, Loss
-from draftopd.losses.divergence import forward_kl, reverse_kl
-from draftopd.losses.kl import JSD, ForwardKL, ReverseKL
+from draftopd.losses.acceptance import E2ETotalVariation, LKHybrid
+from draftopd.losses.base import Loss
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl, jensen_shannon, reverse_kl
+from draftopd.losses.target_view import LEAST_LOG_P
 from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
-LOSSES: dict[str, Callable[..., Loss]] = {name: case[0] for name, case in CASES.items()}
-LOSSES |= {"lk_hybrid": LK, "e2e_tv": E2ETotalVariation}
+LOSSES: dict[str, Callable[..., Loss]] = {name: case.build for name, case in CASES.items()}
+LOSSES |= {"lk_hybrid": LKHybrid, "e2e_tv": E2ETotalVariation}
 #: What a loss cannot be below or above, whatever the distributions. KLs end where an excluded token's price does.
 BOUNDS = dict.fromkeys(LOSSES, (0.0, -LEAST_LOG_P))
 BOUNDS |= {"total_variation": (0.0, 1.0), "e2e_tv": (-K, 0.0), "sampled_kl": (0.0, 5.0), "jsd": (0.0, 0.7)}
@@ -50,23 +51,14 @@ EXCLUDING = {
 OPTIONS: list[dict[str, Any]] = [{}, {"target_top_k": 1}, {"target_top_k": 4}, {"target_temperature": 0.1}]
 
 
-class Given:
+class Given(LMHead):
     """A head whose states are the logits themselves, -inf included."""
 
-    softcap = None
-    weight = torch.eye(VOCAB)
+    def __init__(self) -> None:
+        super().__init__(nn.Linear(VOCAB, VOCAB, bias=False).requires_grad_(False))
 
     def logits(self, hidden: Tensor) -> Tensor:
         return hidden.float()
-
-    def restrict(self, log_probs: Tensor) -> Tensor:
-        return log_probs
-
-    def covers(self, tokens: Tensor) -> Tensor:
-        return torch.ones_like(tokens, dtype=torch.bool)
-
-    def row_of(self, tokens: Tensor) -> Tensor:
-        return tokens
 
 
 #: Logits of one kind, or the sum of a kind and a share of another: names and share.
@@ -93,7 +85,7 @@ def test_extreme_distributions_give_finite_losses_and_gradients(
     name: str, drawn: list[tuple[Mixture, Mixture | None]], options: dict[str, Any], half: bool
 ) -> None:
     """Each slot of the batch is one of the drawn pairs."""
-    loss = LOSSES[name](**({} if name in HARD else options))
+    loss = LOSSES[name](**({} if name in CASES and CASES[name].hard else options))
     sides = ([drafted for drafted, _ in drawn], [targets or drafted for drafted, targets in drawn])
     states, targets = (
         torch.stack([logits_of(side[i % len(side)]) for i in range(N * K)])
@@ -120,10 +112,12 @@ def test_an_excluded_token_costs_nothing_where_it_should() -> None:
     blocks = replace(blocks, draft_states=drafted, target_states=targets, head=Given())
     log_p, log_q = targets[..., first].double().log_softmax(-1), drafted.double().log_softmax(-1)
     expected = (log_p.exp() * (log_p - log_q[..., first])).sum(-1)[blocks.valid].mean()
-    torch.testing.assert_close(ForwardKL()(blocks).loss.double(), expected, rtol=1e-5, atol=0)
+    torch.testing.assert_close(Distilled(accepted=forward_kl)(blocks).loss.double(), expected, rtol=1e-5, atol=0)
     outside = log_q.exp()[..., ~first].sum(-1)[blocks.valid].mean()
-    torch.testing.assert_close(ReverseKL()(blocks).loss.double(), -LEAST_LOG_P * outside, rtol=1e-4, atol=0)
-    assert 0 < JSD()(blocks).loss < 0.7
+    torch.testing.assert_close(
+        Distilled(accepted=reverse_kl)(blocks).loss.double(), -LEAST_LOG_P * outside, rtol=1e-4, atol=0
+    )
+    assert 0 < Distilled(accepted=jensen_shannon)(blocks).loss < 0.7
 
 
 def test_what_is_not_excluded_keeps_its_value() -> None:
@@ -135,9 +129,9 @@ def test_what_is_not_excluded_keeps_its_value() -> None:
         target_states=targets.expand(N, K, -1),
         head=Given(),
     )
-    for loss, divergence in ((ForwardKL(), forward_kl), (ReverseKL(), reverse_kl)):
+    for divergence in (forward_kl, reverse_kl):
         exact = divergence(drafted.double(), targets.double().log_softmax(-1))
-        torch.testing.assert_close(loss(blocks).loss.double(), exact, rtol=1e-6, atol=0)
+        torch.testing.assert_close(Distilled(accepted=divergence)(blocks).loss.double(), exact, rtol=1e-6, atol=0)
 
 
 #: Relative differences between bfloat16 and float32 of the value, and of the gradient's norm. A gradient that is

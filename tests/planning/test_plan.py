@@ -30,7 +30,7 @@ def test_what_would_help_is_a_key_of_the_run(capsys: pytest.CaptureFixture[str])
 
 @pytest.mark.parametrize("drafter", ["eagle3", "mtp"])
 def test_other_drafters_and_texts_without_decoding(drafter: str, capsys: pytest.CaptureFixture[str]) -> None:
-    plan([f"drafter={drafter}", "rollout=decode_free", "refresh.every_n_steps=1", "plan.gpu=L4", "plan.tau=3"])
+    plan([f"drafter={drafter}", "rollout=fresh", "plan.gpu=L4", "plan.tau=3"])
     printed = capsys.readouterr().out
     assert "Fits" in printed and "run: anchors" in printed and "1 x L4" in printed
 

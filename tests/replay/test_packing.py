@@ -10,17 +10,19 @@ import pytest
 import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
+from tests.support.batches import replay
 from tests.support.losses import LOSSES, loss_config
 from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from torch import Tensor
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import TargetError
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
 from draftopd.replay.fresh import FreshAnchors
 from draftopd.replay.packing import pack
-from draftopd.replay.replay import replay
+from draftopd.replay.replay import read
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.walk import Walker
@@ -110,16 +112,16 @@ def same(found: Blocks, expected: Blocks, places: Tensor) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafts", ["dflash", "mtp"])
-@pytest.mark.parametrize("teacher", ["proposals", "recorded", "none"])
+@pytest.mark.parametrize("scope", ["proposals", "recorded", "none"])
 def test_packed_blocks_are_the_same_with_every_target(
-    teacher: Scope, drafts: str, kind: str, target_dirs, make_any: MakeDrafter
+    scope: Scope, drafts: str, kind: str, target_dirs, make_any: MakeDrafter
 ) -> None:
     target = load(target_dirs, kind)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     plain, packed = batches(records())
     expected, found = (
-        replay(target, drafter, batch, Sampling(), frozenset({5}), teacher) for batch in (plain, packed)
+        replay(target, drafter, batch, Sampling(), frozenset({5}), scope) for batch in (plain, packed)
     )  # fmt: skip
     assert len(found.draft_states) == int(plain.anchor_mask.sum()) > 30
     same(found, expected, order(plain, packed))
@@ -171,9 +173,9 @@ def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_d
     mask = torch.zeros_like(batch.anchor_mask)
     mask[kept] = own
     assert own.sum() > 3
-    for teacher in ("proposals", "recorded", "none"):
+    for scope in ("proposals", "recorded", "none"):
         found, changed = (
-            replay(target, drafter, b, Sampling(), frozenset(), teacher)  # type: ignore[arg-type]
+            replay(target, drafter, b, Sampling(), frozenset(), scope)  # type: ignore[arg-type]
             for b in (batch._replace(anchor_mask=mask), batch._replace(ids=ids, anchor_mask=mask))
         )
         same(changed, found, torch.arange(int(own.sum())))
@@ -185,18 +187,9 @@ def test_fresh_anchors_are_the_same(drafts: str, temperature: float, target_dirs
     target, sampling = load(target_dirs, "gemma3"), Sampling(temperature)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
-    fresh = FreshAnchors(Walker(sampling, parallel_below=3), AnchorPolicy("visited", 5, 3))
-    chosen: list[ReplayBatch] = []
-
-    def find(batch: ReplayBatch, features: Tensor, states: Tensor | None) -> ReplayBatch:
-        chosen.append(fresh.renew(target, drafter, batch, features, states, seed=4, step=9))
-        return chosen[-1]
-
-    plain, packed = batches(records())
-    expected, found = (
-        replay(target, drafter, batch, Sampling(), frozenset(), reanchor=find, with_states=True)
-        for batch in (plain, packed)
-    )
+    fresh = FreshAnchors(Walker(Rules(sampling), parallel_below=3), AnchorPolicy("visited", 5, 3))
+    chosen = [fresh.renew(target, drafter, batch, read(target, batch), seed=4, step=9) for batch in batches(records())]
+    expected, found = (replay(target, drafter, batch) for batch in chosen)
     same(found, expected, order(chosen[0], chosen[1]))
     assert len(found.draft_states) > 20
     assert chosen[1].made_at.tolist() == [9] * 9

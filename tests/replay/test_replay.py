@@ -1,20 +1,20 @@
-"""Replay: the identity between recorded and replayed blocks, the teacher's states, the streams."""
+"""Replay: the identity between recorded and replayed blocks, the scope's states, the streams."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from tests.support.batches import as_batch, decode
+from tests.support.batches import as_batch, decode, replay
 from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
-from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.cross_entropy import CrossEntropy
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
-from draftopd.replay.replay import replay
 from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
@@ -38,7 +38,7 @@ def test_replay_at_visited_anchors_repeats_the_rollout(
 def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
     """The same where acceptance really happens."""
     target, drafter, prompts, stop = bundled_pair
-    decoded = Decoder(target, drafter, max_new_tokens=160, stop=stop).decode_batch(prompts)
+    decoded = Decoder(target, drafter, Rules(stop=stop, max_new_tokens=160)).decode_batch(prompts)
     blocks = replay(target, drafter, as_batch(decoded), Sampling(), stop)
     flat = [(p, n, e) for d in decoded for p, n, e in zip(d.proposals, d.accepted, d.emitted, strict=True)]
     assert blocks.proposals.tolist() == [p for p, _, _ in flat]
@@ -46,18 +46,19 @@ def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
     assert [int(blocks.accepted[i]) for i in whole] == [flat[i][1] for i in whole]
     assert sum(flat[i][1] for i in whole) > len(whole)
     # Against recorded tokens alone the same lengths follow, wherever all slots are recorded.
-    cheap = replay(target, drafter, as_batch(decoded), Sampling(), stop, teacher="none")
+    cheap = replay(target, drafter, as_batch(decoded), Sampling(), stop, scope="none")
     assert cheap.target_states is None
     sure = cheap.recorded.all(-1)
     assert torch.equal(cheap.accepted[sure], blocks.accepted[sure])
     # Up to the first rejection the recorded text's states are those on the drafter's own tokens.
-    prefix = replay(target, drafter, as_batch(decoded), Sampling(), stop, teacher="until_fail")
+    prefix = replay(target, drafter, as_batch(decoded), Sampling(), stop, scope="until_fail")
     assert prefix.target_states is not None and blocks.target_states is not None
     assert torch.equal(prefix.valid, blocks.valid & blocks.recorded & blocks.until_fail())
     torch.testing.assert_close(
         prefix.target_states[prefix.valid], blocks.target_states[prefix.valid], rtol=1e-3, atol=1e-3
     )
-    for loss in (ForwardKL(accept_until_fail=True), AsymmetricKL(include_correction=True, rejected_weight=0.0)):
+    for options in ({"accept_until_fail": True}, {"include_correction": True, "rejected_weight": 0.0}):
+        loss = Distilled(accepted=forward_kl, **options)
         assert loss.scope == "until_fail"
         kept = Blocks(**{**blocks.__dict__, "valid": blocks.valid & blocks.recorded})
         torch.testing.assert_close(loss(prefix).loss, loss(kept).loss, rtol=1e-4, atol=1e-5)
@@ -122,7 +123,7 @@ def test_a_teacher_on_the_recorded_text(drafts: str, target: Target, make_any: M
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter, count=3)
     batch = as_batch(decoded)
-    blocks = replay(target, drafter, batch, Sampling(), frozenset({5}), teacher="recorded")
+    blocks = replay(target, drafter, batch, Sampling(), frozenset({5}), scope="recorded")
     assert blocks.target_states is not None
     assert torch.equal(blocks.valid, blocks.recorded & blocks.head.covers(blocks.labels))
     index = 0
@@ -157,12 +158,9 @@ def test_what_is_measured_is_scored_whatever_is_learnt(
 ) -> None:
     drafter = make_any(drafts, target)
     batch = as_batch(decode(target, drafter, count=4))
-    measured: list[Blocks] = []
-    blocks = replay(target, drafter, batch, Sampling(), frozenset({5}), scope, measure=measured.append)
+    seen = replay(target, drafter, batch, Sampling(), frozenset({5}), scope, measured=True)
     alone = replay(target, drafter, batch, Sampling(), frozenset({5}), scope)
-    torch.testing.assert_close(blocks.draft_states, alone.draft_states)
-    assert torch.equal(blocks.accepted, alone.accepted) and torch.equal(blocks.valid, alone.valid)
-    (seen,) = measured
+    torch.testing.assert_close(seen.draft_states, alone.draft_states)
     own = replay(target, drafter, batch, Sampling(), frozenset({5}))
     assert seen.target_states is not None and own.target_states is not None
     assert torch.equal(seen.accepted, own.accepted)  # the accepted prefix is the same, whatever is fed after it
@@ -173,13 +171,12 @@ def test_what_is_measured_is_scored_whatever_is_learnt(
 def test_slots_whose_token_the_vocabulary_lacks_are_not_learnt(target: Target, make_any: MakeDrafter) -> None:
     drafter = make_any("eagle3_reduced", target)
     batch = as_batch(decode(target, drafter))
-    measured: list[Blocks] = []
-    blocks = replay(target, drafter, batch, Sampling(), frozenset(), measure=measured.append)
+    blocks = replay(target, drafter, batch)
     assert blocks.target_states is not None
     lacking = target.head.logits(blocks.target_states).argmax(-1) % 3 == 1
     assert 0.1 < lacking.float().mean() < 0.9
     assert torch.equal(blocks.valid, ~lacking)
-    assert measured[0].valid.all()
+    assert replay(target, drafter, batch, measured=True).valid.all()
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.0])
@@ -238,7 +235,7 @@ def test_cross_entropy_is_the_same_without_proposals(drafts: str, target_dirs, m
     batch, loss = as_batch(decode(target, drafter)), CrossEntropy()
     assert not loss.uses_proposals and CrossEntropy(accept_until_fail=True).uses_proposals
     with_them, without = (
-        loss(replay(target, drafter, batch, Sampling(), frozenset(), teacher="none", propose=propose)).loss
+        loss(replay(target, drafter, batch, Sampling(), frozenset(), scope="none", propose=propose)).loss
         for propose in (True, False)
     )
     torch.testing.assert_close(without, with_them)
@@ -262,7 +259,7 @@ def test_activation_checkpointing_keeps_less_and_changes_no_gradient(
             return tensor
 
         with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-            loss = CrossEntropy()(replay(target, drafter, batch, Sampling(), frozenset(), teacher="none")).loss
+            loss = CrossEntropy()(replay(target, drafter, batch, Sampling(), frozenset(), scope="none")).loss
         return kept, list(torch.autograd.grad(loss, list(drafter.parameters()), allow_unused=True))
 
     kept, gradients = step()

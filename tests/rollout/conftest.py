@@ -9,7 +9,7 @@ import torch
 from tests.support.models import MakeRequest
 from transformers import PreTrainedTokenizerFast
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.rollout.request import Request
 from draftopd.targets.target import Target
@@ -29,9 +29,10 @@ def make_request(
         asked = drawn if prompts is None else prompts
         options = {
             "target": target, "drafter": drafter, "tokenizer": tokenizer, "prompts": lambda: asked,
-            "places": range(len(asked)), "stop": frozenset({3, 11}), "sampling": Sampling(), "max_new_tokens": 20,
-            "max_prompt_tokens": 64, "seed": 0,
+            "places": range(len(asked)), "max_prompt_tokens": 64, "seed": 0,
         }  # fmt: skip
-        return Request(**options | changes)  # type: ignore[arg-type]
+        rules = {"stop": frozenset({3, 11}), "max_new_tokens": 20}
+        rules |= {name: changes.pop(name) for name in ("sampling", "stop", "max_new_tokens") if name in changes}
+        return Request(**options | changes, rules=Rules(**rules))
 
     return make

@@ -9,6 +9,7 @@ import pytest
 from tests.support.models import MakeRequest
 
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.errors import PromptError
 from draftopd.rollout.recorded import DatasetTrajectories, JsonlTrajectories
 from draftopd.rollout.request import Request, Trajectory
@@ -16,7 +17,7 @@ from draftopd.rollout.trajectories import Trajectories
 
 
 def texts_of(request: Request) -> list[Trajectory]:
-    decoder = Decoder(request.target, None, max_new_tokens=20, stop=request.stop)
+    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=20))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 

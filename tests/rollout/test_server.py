@@ -19,6 +19,7 @@ from tests.support.serving import FAULTS, Answer, Server, passing_on, serving
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, PromptError, ServerError
 from draftopd.io import connection as module
@@ -37,7 +38,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts_of(request: Request) -> list[Trajectory]:
     """What the target itself says."""
-    decoder = Decoder(request.target, None, max_new_tokens=request.max_new_tokens, stop=request.stop)
+    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=request.max_new_tokens))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 
@@ -230,7 +231,7 @@ def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequ
     shifted = engine(plain, lambda choice: choice | {"token_ids": [(i + 20) % 60 for i in choice["token_ids"]]})
     with serving(shifted) as server, pytest.raises(PromptError, match="nats a token more surprising"):
         collect(source_of(server, tmp_path), hot)
-    decoder = Decoder(hot.target, None, hot.sampling, max_new_tokens=20, stop=hot.stop)
+    decoder = Decoder(hot.target, None, Rules(hot.sampling, stop=hot.stop, max_new_tokens=20))
     decoded = decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
     own = [Trajectory(d.prompt, d.response) for d in decoded]
     assert abs(excess_surprise(hot.target, own, hot.sampling)) < 0.3
@@ -317,10 +318,8 @@ def bundled() -> tuple[Target, Any]:
 
 def bundled_request(bundled: tuple[Target, Any], prompts: list[list[int]]) -> Request:
     target, tokenizer = bundled
-    return Request(
-        target, None, tokenizer, lambda: prompts, range(len(prompts)), stop_tokens(target, tokenizer), Sampling(), 200,
-        512, 0,
-    )  # type: ignore[arg-type]  # fmt: skip
+    rules = Rules(stop=stop_tokens(target, tokenizer), max_new_tokens=200)
+    return Request(target, None, tokenizer, lambda: prompts, range(len(prompts)), rules, 512, 0)
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import pytest
 from tests.support.models import MakeRequest
 
 from draftopd.decoding.generate import Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import FileError
 from draftopd.rollout.request import Request, Trajectory
@@ -42,7 +43,7 @@ def flat(source: GeneratedTrajectories, request: Request) -> list[Trajectory]:
 def test_in_process_texts_are_the_targets(drafted: bool, tmp_path: Path, make_request: MakeRequest) -> None:
     request = make_request()
     found = flat(InProcessTrajectories(str(tmp_path), batch_size=5, drafted=drafted), request)
-    plain = Decoder(request.target, None, max_new_tokens=20, stop=request.stop).decode_batch(request.prompts())
+    plain = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=20)).decode_batch(request.prompts())
     assert found == [Trajectory(d.prompt, d.response) for d in plain]
     assert {d.finish for d in plain} == {"stop", "length"}
 

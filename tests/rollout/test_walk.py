@@ -12,6 +12,7 @@ from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding import coupling
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling, inverse_draw
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
@@ -41,7 +42,7 @@ def decode(
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 60, (4 + i % 5,), generator=generator).tolist() for i in range(count)]
     options = {"max_new_tokens": 30, "stop": frozenset({3, 11})} | options
-    return Decoder(target, drafter, sampling, **options).decode_batch(prompts, generator)
+    return Decoder(target, drafter, Rules(sampling, **options)).decode_batch(prompts, generator)
 
 
 WAYS = {
@@ -61,15 +62,15 @@ def test_greedy_anchors_are_those_of_decoding(
     target = load_target(str(target_dirs[kind]), dtype="float32")
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
-    assert walk(target, drafter, decoded, Walker(Sampling(), **WAYS[way])) == [as_visited(d) for d in decoded]
+    assert walk(target, drafter, decoded, Walker(Rules(), **WAYS[way])) == [as_visited(d) for d in decoded]
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_greedy_anchors_where_acceptance_really_happens(way: str, bundled_pair) -> None:
     target, drafter, prompts, stop = bundled_pair
-    decoded = Decoder(target, drafter, max_new_tokens=160, stop=stop).decode_batch(prompts)
+    decoded = Decoder(target, drafter, Rules(stop=stop, max_new_tokens=160)).decode_batch(prompts)
     assert sum(n for d in decoded for n in d.accepted) > sum(len(d.anchors) for d in decoded)
-    assert walk(target, drafter, decoded, Walker(Sampling(), **WAYS[way])) == [as_visited(d) for d in decoded]
+    assert walk(target, drafter, decoded, Walker(Rules(), **WAYS[way])) == [as_visited(d) for d in decoded]
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -77,9 +78,9 @@ def test_target_only_anchors_are_those_of_decoding(temperature: float, bundled_p
     """Target-only verification compares the text with the drafter's best tokens, so nothing is drawn."""
     target, drafter, prompts, stop = bundled_pair
     sampling = Sampling(temperature, top_p=0.95)
-    decoder = Decoder(target, drafter, sampling, "target_only", max_new_tokens=100, stop=stop)
+    decoder = Decoder(target, drafter, Rules(sampling, "target_only", stop=stop, max_new_tokens=100))
     decoded = decoder.decode_batch(prompts, torch.Generator().manual_seed(5))
-    walker = Walker(sampling, "target_only", parallel_below=3)
+    walker = Walker(Rules(sampling, "target_only"), parallel_below=3)
     assert walk(target, drafter, decoded, walker) == [as_visited(d) for d in decoded]
 
 
@@ -94,9 +95,9 @@ def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
         drafter = load_drafter(f"bundled:{name}")
     target.tap(drafter.target_layer_ids)
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(300))
-    decoder = Decoder(target, drafter.eval(), max_new_tokens=256, stop=frozenset({tokenizer.eos_token_id}))
+    decoder = Decoder(target, drafter.eval(), Rules(stop=frozenset({tokenizer.eos_token_id}), max_new_tokens=256))
     decoded = [d for batch in decoder.decode(prompts, 100) for d in batch]
-    found = walk(target, drafter, decoded, Walker(Sampling()))
+    found = walk(target, drafter, decoded, Walker(Rules()))
     pairs = [(a, as_visited(d)) for a, d in zip(found, decoded, strict=True)]
     assert all(a[:3] == b[:3] for a, b in pairs)
     # Among some 50,000 proposals the drafter's two best tokens may tie; other batch shapes then round to the other.
@@ -108,9 +109,9 @@ def test_single_tokens_and_empty_batches_of_work(target: Target, make_drafter: M
     target.tap(drafter.target_layer_ids)
     decoded = decode(target, None, count=3, max_new_tokens=1)
     for options in WAYS.values():
-        assert walk(target, drafter, decoded, Walker(Sampling(), **options)) == [Visited([], [], [], [])] * 3
+        assert walk(target, drafter, decoded, Walker(Rules(), **options)) == [Visited([], [], [], [])] * 3
     mixed = [*decoded, *decode(target, drafter, count=9)]
-    assert walk(target, drafter, mixed, Walker(Sampling()))[3:] == [as_visited(d) for d in mixed[3:]]
+    assert walk(target, drafter, mixed, Walker(Rules()))[3:] == [as_visited(d) for d in mixed[3:]]
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
@@ -120,19 +121,19 @@ def test_drawn_anchors_depend_on_neither_batch_nor_way(
 ) -> None:
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter, sampling=sampling)
-    whole = walk(target, drafter, decoded, Walker(sampling))
+    whole = walk(target, drafter, decoded, Walker(Rules(sampling)))
     assert any(n for v in whole for n in v.accepted) and any(n < 3 for v in whole for n in v.accepted)
     for options in WAYS.values():
-        assert walk(target, drafter, decoded, Walker(sampling, **options)) == whole
-    parts = [walk(target, drafter, decoded[i : i + 5], Walker(sampling), first_seed=i) for i in range(0, 12, 5)]
+        assert walk(target, drafter, decoded, Walker(Rules(sampling), **options)) == whole
+    parts = [walk(target, drafter, decoded[i : i + 5], Walker(Rules(sampling)), first_seed=i) for i in range(0, 12, 5)]
     assert [v for part in parts for v in part] == whole
-    assert walk(target, drafter, decoded, Walker(sampling), first_seed=100) != whole
+    assert walk(target, drafter, decoded, Walker(Rules(sampling)), first_seed=100) != whole
 
 
 def test_accepted_proposals_are_the_text(target: Target, make_drafter: MakeDrafter) -> None:
     drafter, sampling = make_drafter(target, block_size=4), Sampling(1.0, top_k=8)
     decoded = decode(target, drafter, sampling=sampling)
-    for d, v in zip(decoded, walk(target, drafter, decoded, Walker(sampling)), strict=True):
+    for d, v in zip(decoded, walk(target, drafter, decoded, Walker(Rules(sampling))), strict=True):
         assert sum(v.emitted) == len(d.response) - 1
         for anchor, n, proposals in zip(v.anchors, v.accepted, v.proposals, strict=True):
             assert proposals[:n] == d.tokens[anchor + 1 : anchor + 1 + n]
@@ -143,7 +144,7 @@ def test_accepted_proposals_are_the_text(target: Target, make_drafter: MakeDraft
 @pytest.mark.parametrize("options", [{"parallel_below": -1}, {"blocks_at_once": 0}])
 def test_numbers_outside_their_range(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="parallel_below must be 0 or more"):
-        Walker(Sampling(), **options)
+        Walker(Rules(), **options)
 
 
 # The joint law of proposals, accepted lengths and text, whole responses long.
@@ -178,10 +179,10 @@ def real_and_walked(target: Target, drafter: Drafter, sampling: Sampling) -> tup
     prompts = [[1, 2, 3, 0, 4]] * RESPONSES
     target.tap(drafter.target_layer_ids)
     generator = torch.Generator().manual_seed(11)
-    real = Decoder(target, drafter, sampling, max_new_tokens=NEW_TOKENS).decode_batch(prompts, generator)
-    plain = Decoder(target, None, sampling, max_new_tokens=NEW_TOKENS).decode_batch(prompts, generator)
+    real = Decoder(target, drafter, Rules(sampling, max_new_tokens=NEW_TOKENS)).decode_batch(prompts, generator)
+    plain = Decoder(target, None, Rules(sampling, max_new_tokens=NEW_TOKENS)).decode_batch(prompts, generator)
     target.tap(drafter.target_layer_ids)
-    walked = walk(target, drafter, plain, Walker(sampling))
+    walked = walk(target, drafter, plain, Walker(Rules(sampling)))
     return outcomes(real, [as_visited(d) for d in real]), outcomes(plain, walked)
 
 

@@ -5,15 +5,20 @@ from __future__ import annotations
 import torch
 
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.decoding.rules import Rules
+from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.blocks import Blocks, Scope
+from draftopd.replay.replay import draft, read
 from draftopd.targets.target import Target
 
 
 def decode(target: Target, drafter: Drafter, count: int = 6) -> list[Decoded]:
     generator = torch.Generator().manual_seed(1)
     prompts = [torch.randint(0, 60, (4 + i,), generator=generator).tolist() for i in range(count)]
-    return Decoder(target, drafter, max_new_tokens=30).decode_batch(prompts)
+    return Decoder(target, drafter, Rules(max_new_tokens=30)).decode_batch(prompts)
 
 
 def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
@@ -27,3 +32,25 @@ def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
         mask[row, : len(d.anchors[:blocks])] = True
     starts, lengths = (torch.tensor(x) for x in zip(*((len(d.prompt), len(d.tokens)) for d in decoded), strict=True))
     return ReplayBatch(ids, starts, lengths, anchors, mask, torch.zeros(len(decoded), dtype=torch.long))
+
+
+def replay(
+    target: Target,
+    drafter: Drafter,
+    batch: ReplayBatch,
+    sampling: Sampling = Sampling(),
+    stop: frozenset[int] = frozenset(),
+    scope: Scope = "proposals",
+    *,
+    verification: Verification = "rejection_sampling",
+    generator: torch.Generator | None = None,
+    propose: bool = True,
+    measured: bool = False,
+) -> Blocks:
+    """All stages of a replay as a training step takes them; ``measured`` gives the blocks with every slot scored."""
+    reading = read(target, batch, states=scope != "none" or measured)
+    drafts = draft(
+        target, drafter, reading, batch, Rules(sampling, verification, stop),
+        forced=scope in ("recorded", "none"), propose=propose, generator=generator,
+    )  # fmt: skip
+    return drafts.scored() if measured else drafts.blocks(scope)

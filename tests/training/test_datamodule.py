@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import pickle
-from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -126,48 +124,6 @@ def test_a_new_generation_is_taken_up_by_the_next_epoch(root: Path) -> None:
     assert batch.ids[:, 0].tolist() == [77] * 4
 
 
-def renewing(root: Path, every: int, log: list[list[int]]) -> ReplayLoader:
-    """A loader whose anchors are renewed: the ``n``-th renewal gives every sequence the one anchor ``5 + n``."""
-
-    def renew(records: list[Recorded]) -> list[Recorded]:
-        log.append([r.tokens[0] for r in records])
-        n = len(log)
-        return [replace(r, anchors=[5 + n], accepted=[0], emitted=[1], step=100 + n) for r in records]
-
-    sampler = ReplaySampler(10, 4, seed=0)
-    return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy("visited", 6, 3), 999, renew, every)
-
-
-def test_anchors_are_renewed_just_for_the_batches_that_come(root: Path) -> None:
-    log: list[list[int]] = []
-    serving = iter(renewing(root, 4, log))
-    for place in range(10):
-        batch = next(serving)
-        # The renewal happens when the first of its batches is asked for, not before.
-        assert len(log) == place // 4 + 1
-        assert batch.anchors[batch.anchor_mask].tolist() == [5 + len(log)] * 4
-        assert batch.made_at.tolist() == [100 + len(log)] * 4
-        assert set(batch.ids[:, 0].tolist()) <= set(log[-1])
-    assert [len(x) for x in log] == [16, 16, 8]
-    assert sorted(i for part in log for i in part) == list(range(40))
-
-
-@pytest.mark.parametrize("stop", [1, 3, 4, 6])
-def test_a_restart_in_mid_epoch_keeps_renewed_anchors(root: Path, stop: int) -> None:
-    log: list[list[int]] = []
-    whole = list(renewing(root, 4, log))
-    broken_log: list[list[int]] = []
-    broken = renewing(root, 4, broken_log)
-    served = iter(broken)
-    for _ in range(stop):
-        next(served)
-    state = pickle.loads(pickle.dumps(broken.state_dict()))
-    restored = renewing(root, 4, broken_log)
-    restored.load_state_dict(state)
-    assert same(list(restored), whole[stop:])
-    assert broken_log == log
-
-
 def test_anchors_of_no_drafter_have_no_age(root: Path) -> None:
     assert {int(x) for batch in loader(root, choice="random") for x in batch.made_at} == {-1}
     assert {int(x) for batch in loader(root, choice="error") for x in batch.made_at} == {0}
@@ -201,22 +157,6 @@ def test_a_trainers_epochs_differ_in_order_and_anchors(root: Path) -> None:
         assert found == [[*b.ids[:, 0].tolist(), *b.anchors[0].tolist()] for b in batches]
 
 
-def test_renewed_anchors_of_a_rollout_that_is_gone_are_dropped(root: Path) -> None:
-    broken = renewing(root, 4, [])
-    served = iter(broken)
-    for _ in range(2):
-        next(served)
-    state = pickle.loads(pickle.dumps(broken.state_dict()))
-    assert state["renewed"] and state["buffer"] == [0, 0]
-    with BufferWriter(root, 0, 5) as writer:
-        writer.add([Recorded(list(range(i, i + 30)), 5, [6], [0], [1]) for i in range(40)])
-    log: list[list[int]] = []
-    restored = renewing(root, 4, log)
-    restored.load_state_dict(state)
-    first = next(iter(restored))
-    assert len(log) == 1 and first.ids[:, 0].tolist() == log[0][:4]
-
-
 def test_a_short_list_of_held_out_prompts_is_not_repeated(
     tmp_path: Path, tokenizer, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -225,6 +165,23 @@ def test_a_short_list_of_held_out_prompts_is_not_repeated(
     data.attach(tokenizer, tmp_path)
     assert len([prompt for batch in data.val_dataloader() for prompt in batch]) == 3
     assert "data.validation_count=10, but there are 3" in caplog.text
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_rank_decodes_as_many_held_out_batches(ranks: int, tmp_path: Path, tokenizer) -> None:
+    """Ranks decode a batch together, so the last one of a rank may be empty but must be there."""
+    prompts = ReasoningPrompts("validation")
+    data = ReplayDataModule(prompts, prompts, 4, 7, test_prompts=prompts, test_count=7, validation_batch_size=2)
+    data.attach(tokenizer, tmp_path)
+    whole = [prompt for batch in data.val_dataloader() for prompt in batch]
+    parts, tested = [], []
+    for rank in range(ranks):
+        data.trainer = SimpleNamespace(world_size=ranks, global_rank=rank)
+        parts.append(list(data.val_dataloader()))
+        tested += [pair for batch in data.test_dataloader() for pair in batch]
+    assert len({len(part) for part in parts}) == 1 and all(len(batch) <= 2 for part in parts for batch in part)
+    assert sorted(p for part in parts for batch in part for p in batch) == sorted(whole) and len(whole) == 7
+    assert [prompt for _, prompt in sorted(tested)] == whole
 
 
 @pytest.mark.parametrize("held_out, rolled_out", [(2, 3), (3, 2)])

@@ -5,14 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import torch
 import torch.distributed as dist
 from tests.support.fitting import batches, fit
 from tests.support.models import MakeDrafter
 
+from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed import ranks
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.targets.target import Target
 from draftopd.training.module import DraftModule
 
@@ -20,18 +21,16 @@ from draftopd.training.module import DraftModule
 def test_no_micro_batch_repeats_another(
     target: Target, make_drafter: MakeDrafter, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    module = DraftModule(target, make_drafter(target), ForwardKL(), Sampling(1.0), frozenset())
-    real, drawn = module._generator, []
+    module = DraftModule(target, make_drafter(target), Distilled(accepted=forward_kl), Rules(Sampling(1.0)))
+    real, drawn = module._draws, []
 
-    def generator() -> torch.Generator | None:
-        made = real()
-        assert made is not None
-        drawn.append(torch.rand(1, generator=made.clone_state()).item())
-        return made
+    def seed(purpose: int) -> int:
+        drawn.append(real(purpose))
+        return drawn[-1]
 
-    monkeypatch.setattr(module, "_generator", generator)
+    monkeypatch.setattr(module, "_draws", seed)
     fit(module, batches(module, 6), tmp_path, accumulate_grad_batches=3)
-    assert len(set(drawn)) == 6
+    assert len(drawn) == 6 and len({seed % 2**32 for seed in drawn}) == 6  # torch's generator takes 32 bits
 
 
 def test_each_process_has_a_seed_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -21,11 +21,12 @@ from tests.support.models import MakeDrafter, randomize
 from torch import nn
 from torch.utils.data import DataLoader
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.errors import ConfigError, FileError, NumericsError
 from draftopd.losses.base import Loss, LossOutput
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks
 from draftopd.replay.packing import Layout
@@ -40,7 +41,7 @@ class Failing(Loss):
     """Forward KL that fails in some of its calls, counted from 0: in its value, or only in its gradient."""
 
     def __init__(self, how: str, calls: tuple[int, ...]) -> None:
-        self.inner, self.how, self.failing, self.calls = ForwardKL(), how, calls, 0
+        self.inner, self.how, self.failing, self.calls = Distilled(accepted=forward_kl), how, calls, 0
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         loss, parts = self.inner(blocks)
@@ -56,7 +57,7 @@ class Failing(Loss):
 @pytest.fixture
 def make_module(target: Target, make_drafter: MakeDrafter) -> Callable[..., DraftModule]:
     def make(loss: Loss, **options: Any) -> DraftModule:
-        return DraftModule(target, make_drafter(target), loss, Sampling(), frozenset(), **options)
+        return DraftModule(target, make_drafter(target), loss, Rules(), **options)
 
     return make
 
@@ -91,10 +92,10 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(
     history = fit(module, given, tmp_path)
     assert [history.same(step) for step in range(5)] == [False, False, True, False, False]
     assert [figures["train/skipped_steps"] for figures in history.logged[1:]] == [0, 0, 1, 1, 1]
-    assert module.trainer.global_step == 5 and (module.skips.total, module.skips.in_a_row) == (1, 0)
+    assert module.trainer.global_step == 5 and (module.run.skips.total, module.run.skips.in_a_row) == (1, 0)
     assert math.isfinite(history.logged[3]["train/loss"]) == (how == "gradient")
     assert all(value.isfinite().all() for value in history.weights[-1].values())
-    assert module.tokens_seen == sum(int(batch.lengths.sum()) for batch in given)
+    assert module.run.tokens == sum(int(batch.lengths.sum()) for batch in given)
 
     # The batch, read again as the documentation says.
     (path,) = (tmp_path / "nonfinite").glob("*.safetensors")
@@ -130,7 +131,7 @@ def test_one_bad_micro_batch_skips_the_step_and_is_the_one_kept(
     kept = read_batch(tmp_path / "nonfinite" / "step-1.safetensors")
     assert torch.equal(kept.ids, given[2].ids)
     assert json.loads((tmp_path / "nonfinite" / "step-1.json").read_text())["micro_batch"] == 0
-    assert module.tokens_seen == sum(int(batch.lengths.sum()) for batch in given)
+    assert module.run.tokens == sum(int(batch.lengths.sum()) for batch in given)
 
 
 def test_too_many_in_a_row_end_the_run(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
@@ -147,10 +148,10 @@ def test_too_many_in_a_row_end_the_run(make_module: Callable[..., DraftModule], 
 def test_no_batch_is_kept_where_none_is_wanted(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
     module = make_module(Failing("nan", (0,)), keep_nonfinite=0)
     fit(module, batches(module, 2), tmp_path)
-    assert module.skips.total == 1 and not (tmp_path / "nonfinite").exists()
+    assert module.run.skips.total == 1 and not (tmp_path / "nonfinite").exists()
     for options in ({"max_skipped_in_a_row": -1}, {"keep_nonfinite": -1}):
         with pytest.raises(ConfigError, match="0 or more, found -1"):
-            make_module(ForwardKL(), **options)
+            make_module(Distilled(accepted=forward_kl), **options)
 
 
 def test_a_full_disk_costs_the_batch_and_not_the_run(
@@ -165,7 +166,7 @@ def test_a_full_disk_costs_the_batch_and_not_the_run(
     monkeypatch.setattr(nonfinite, "save_file", full)
     module = make_module(Failing("nan", (0,)))
     fit(module, batches(module, 2), tmp_path)
-    assert module.skips.total == 1 and "cannot be kept" in caplog.text and "No space left" in caplog.text
+    assert module.run.skips.total == 1 and "cannot be kept" in caplog.text and "No space left" in caplog.text
     assert not list((tmp_path / "nonfinite").iterdir())
 
 
@@ -178,7 +179,7 @@ def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
 
 
 def test_a_packed_batch_is_read_as_it_was(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
-    (batch,) = batches(make_module(ForwardKL()), 1)
+    (batch,) = batches(make_module(Distilled(accepted=forward_kl)), 1)
     batch = batch._replace(layout=Layout.of([[0]], batch.lengths.tolist()))
     path = keep_batch(tmp_path, 1, [batch], [math.nan], {"step": 7, "rank": 0, "ranks": 1})
     assert path == tmp_path / "step-7.safetensors"
@@ -195,7 +196,7 @@ def test_the_counts_outlive_an_interruption(make_module: Callable[..., DraftModu
     trainer = make_trainer(tmp_path, max_epochs=2)
     with pytest.raises(NumericsError, match="3 steps in a row"):
         trainer.fit(second, DataLoader(given, batch_size=None), ckpt_path=tmp_path / "last.ckpt", weights_only=True)
-    assert second.skips.total == 3
+    assert second.run.skips.total == 3
 
 
 def test_one_bad_entry_is_seen_and_a_large_one_is_not_bad() -> None:
@@ -223,7 +224,7 @@ def test_the_loss_scaler_skips_the_same_steps_and_they_count_once(
     module = make_module(Failing(how, (1, 2, 3)), max_skipped_in_a_row=1 if how == "gradient" else 3)
     history = fit(module, batches(module, 5), tmp_path, plugins=[HalfScaler()])
     assert [history.same(step) for step in range(5)] == [False, True, True, True, False]
-    assert module.skips.total == 3
+    assert module.run.skips.total == 3
     # An overflow is the scaler's to mend while it can: from 4 to 2 to 1. A loss that is not finite never is.
     kept = {path.name for path in (tmp_path / "nonfinite").glob("*.safetensors")}
     assert kept == {f"step-{n}.safetensors" for n in ((3,) if how == "gradient" else (1, 2, 3))}
@@ -239,12 +240,12 @@ def one_rank(rank: int, port: int, target_path: str, directory: str) -> None:
     target = load_target(target_path, dtype="float32")
     drafter = DFlashDrafter.for_target(target, 1, 4, mask_token_id=target.vocab_size - 1, target_layer_ids=(0, 2))
     randomize(drafter, 0)
-    module = DraftModule(target, drafter, Failing("nan", (1,) if rank == 1 else ()), Sampling(), frozenset())
+    module = DraftModule(target, drafter, Failing("nan", (1,) if rank == 1 else ()), Rules())
     given = batches(module, 6)[rank::2]
     history = fit(module, given, Path(directory), strategy="ddp", devices=2, use_distributed_sampler=False)
     same = [history.same(step) for step in range(3)]
-    torch.save((same, module.skips.state(), history.weights[-1]), Path(directory) / f"rank-{rank}.pt")
-    stopped = DraftModule(target, drafter, Failing("nan", ()), Sampling(), frozenset())
+    torch.save((same, module.run.skips.state(), history.weights[-1]), Path(directory) / f"rank-{rank}.pt")
+    stopped = DraftModule(target, drafter, Failing("nan", ()), Rules())
     stopped.stop_asked = rank == 1
     with pytest.raises(SIGTERMException):
         fit(stopped, given, Path(directory), strategy="ddp", devices=2, use_distributed_sampler=False)

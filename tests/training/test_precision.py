@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import lightning as L
 import pytest
 import torch
 from hydra.utils import instantiate
-from omegaconf import OmegaConf
 from tests.support.fitting import batches, fit
+from tests.support.losses import loss_config
 from tests.support.models import DRAFTERS
-from tests.support.paths import ROOT
 
-from draftopd.decoding.sampling import Sampling
+from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.targets.target import Target
 from draftopd.training.module import DraftModule
+from draftopd.training.optimizers import adamw
 
 STEPS = 6
 
@@ -31,8 +32,8 @@ def test_bf16_mixed_stays_near_float32(
     losses, moves = [], []
     given = None
     for precision in ("32-true", "bf16-mixed"):
-        loss = instantiate(OmegaConf.load(ROOT / "configs" / "loss" / "asymmetric_kl.yaml"))
-        module = DraftModule(target, make_any(drafts, target), loss, Sampling(), frozenset(), learning_rate=1e-3)
+        loss = instantiate(loss_config("sharp_kl"))
+        module = DraftModule(target, make_any(drafts, target), loss, Rules(), optimizer=partial(adamw, lr=1e-3))
         given = given or batches(module, STEPS)
         target.tap(module.drafter.target_layer_ids)
         history = fit(module, given, tmp_path, precision=precision)
@@ -50,7 +51,7 @@ def test_bf16_mixed_stays_near_float32(
 def test_rollouts_draft_in_the_precision_of_training(
     precision: str, expected: torch.dtype, target: Target, make_any: Callable[..., Drafter]
 ) -> None:
-    module = DraftModule(target, make_any("dflash", target), CrossEntropy(), Sampling(), frozenset())
+    module = DraftModule(target, make_any("dflash", target), CrossEntropy(), Rules())
     module.trainer = L.Trainer(precision=precision, accelerator="cpu", logger=False, enable_checkpointing=False)
     states = torch.randn(2, 4)
     with module.drafting():

@@ -23,7 +23,7 @@ from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
 from draftopd.planning.devices import Assumptions
-from draftopd.planning.memory import Decoding, Sharing, loss_copies
+from draftopd.planning.memory import Decoding, Sharing
 from draftopd.planning.report import print_plan
 from draftopd.planning.run import Run, Texts
 from draftopd.planning.shapes import shape_of, target_of
@@ -107,7 +107,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     step = Step(
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
         scope=loss.scope if rules_of(config).sampling.greedy or loss.scope != "until_fail" else "proposals",
-        loss_copies=loss_copies(loss), gpu=True,
+        loss_copies=loss.logit_copies, gpu=True,
         checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
         attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
     )  # fmt: skip

@@ -31,7 +31,7 @@ class Blend(Loss):
             drafter's own.
     """
 
-    def __init__(self, first: Loss, second: Loss, begin: Share = 0.0, end: Share = 1.0) -> None:
+    def __init__(self, *, first: Loss, second: Loss, begin: Share = 0.0, end: Share = 1.0) -> None:
         for share in (begin, end):
             if not 0 <= share <= 1:
                 raise ValueError(f"begin and end are shares, in [0, 1], found {share}.")
@@ -39,6 +39,7 @@ class Blend(Loss):
         self.begin, self.end = begin, end
         self.scope = _wider(first.scope, second.scope)
         self.uses_proposals = first.uses_proposals or second.uses_proposals
+        self.logit_copies = max(first.logit_copies, second.logit_copies)  # one follows the other
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         self.first.progress = self.second.progress = self.progress

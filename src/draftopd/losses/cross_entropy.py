@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from draftopd.losses import liger
-from draftopd.losses.base import Normalization, Stream, StreamLoss
+from draftopd.losses.base import Stream, StreamLoss
 from draftopd.losses.chunked import per_slot
 from draftopd.losses.weighting import (
     cross_entropy_gamma,
@@ -26,33 +26,27 @@ class CrossEntropy(StreamLoss):
 
     Args:
         gamma: decay constant; None takes DFlash's for the block size (7, 5, 4 for 16, 10, 8).
-        accept_until_fail, accepted_weight, rejected_weight, include_correction, normalization: see
-            :class:`~draftopd.losses.base.StreamLoss`; a proposal counts as accepted while it equals the recorded token.
+        options: see :class:`~draftopd.losses.base.StreamLoss`; a proposal counts as accepted while it equals the
+            recorded token.
 
     Raises:
         ValueError: if gamma is not above 0.
     """
 
-    def __init__(
-        self,
-        gamma: float | None = None,
-        accept_until_fail: bool = False,
-        accepted_weight: float = 1.0,
-        rejected_weight: float = 1.0,
-        include_correction: bool = False,
-        normalization: Normalization = "token",
-    ) -> None:
-        super().__init__(
-            accepted_weight=accepted_weight, rejected_weight=rejected_weight, include_correction=include_correction,
-            accept_until_fail=accept_until_fail, normalization=normalization,
-        )  # fmt: skip
+    logit_copies = 3
+
+    def __init__(self, *, gamma: float | None = None, **options: Any) -> None:
+        super().__init__(**options)
         if gamma is not None and not gamma > 0:
             raise ValueError(f"gamma must be above 0, found {gamma}.")
         self.gamma = gamma
         self.scope = "none"
         # With both streams alike a slot weighs the same in either, so it does not matter which it is in.
         self.uses_proposals = (
-            accept_until_fail or include_correction or normalization != "token" or accepted_weight != rejected_weight
+            self.accept_until_fail
+            or self.include_correction
+            or self.normalization != "token"
+            or self.accepted_weight != self.rejected_weight
         )
 
     def decay(self, slots: int, stream: Stream) -> Tensor:
@@ -91,8 +85,8 @@ class DPace(_ByConfidence):
         ValueError: if smoothing lies outside [0, 1].
     """
 
-    def __init__(self, smoothing: float = 0.5, gamma: float | None = None, **options: Any) -> None:
-        super().__init__(gamma, **options)
+    def __init__(self, *, smoothing: float = 0.5, **options: Any) -> None:
+        super().__init__(**options)
         if not 0 <= smoothing <= 1:
             raise ValueError(f"smoothing must lie in [0, 1], found {smoothing}.")
         self.smoothing = smoothing
@@ -115,8 +109,8 @@ class Reach(_ByConfidence):
         options: see :class:`CrossEntropy`; ``gamma`` decays further, None does not.
     """
 
-    def __init__(self, future: bool = False, gamma: float | None = None, **options: Any) -> None:
-        super().__init__(gamma, **options)
+    def __init__(self, *, future: bool = False, **options: Any) -> None:
+        super().__init__(**options)
         self.future = future
 
     def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:

@@ -1,34 +1,86 @@
 """Divergences between the target ``p`` and the drafter ``q`` of one slot.
 
-The drafter comes as logits, the target as log-probabilities: normalised, except where part of its mass lies
-outside the drafter's vocabulary and the function is one that must know.
+A divergence is a plain function ``(draft_logits [n, vocab], log_p [n, vocab]) -> [n]``, differentiable in its first
+argument. ``log_p`` are the target's log-probabilities: normalised, except where part of the target's mass lies outside
+the drafter's vocabulary and the function states ``renormalize=False``.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
+from typing import Annotated, NamedTuple, TypeVar
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
+Divergence = Callable[..., Tensor]
+Function = TypeVar("Function", bound=Divergence)
 
+#: Of a function or loss that states nothing: the most that one of this package holds.
+UNKNOWN_COPIES = 10
+
+
+class Facts(NamedTuple):
+    """What a divergence states about itself; see :func:`divergence`."""
+
+    logit_copies: int = UNKNOWN_COPIES
+    renormalize: bool = True
+
+
+def divergence(*, logit_copies: int = UNKNOWN_COPIES, renormalize: bool = True) -> Callable[[Function], Function]:
+    """State what a divergence needs; a function without this decorator has its defaults.
+
+    Args:
+        logit_copies: how many float32 tensors of the logits' size value and gradient hold at their peak. Memory is
+            planned by it, nothing else depends on it.
+        renormalize: renormalise the target's distribution over a reduced draft vocabulary. A divergence between two
+            distributions needs that; a function of the acceptance rate must not have it, since what the drafter cannot
+            propose is never accepted.
+    """
+
+    def state(function: Function) -> Function:
+        function.facts = Facts(logit_copies, renormalize)  # type: ignore[attr-defined]
+        return function
+
+    return state
+
+
+def facts(function: Divergence) -> Facts:
+    """What a divergence states, through ``functools.partial`` too."""
+    while isinstance(function, partial):
+        function = function.func
+    stated: Facts = getattr(function, "facts", Facts())
+    return stated
+
+
+@divergence(logit_copies=6)
 def forward_kl(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``KL(p || q)``: ``[n, vocab], [n, vocab] -> [n]``. The drafter must cover what the target does."""
     log_q = draft_logits.log_softmax(-1)
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 
 
+@divergence(logit_copies=6)
 def reverse_kl(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``KL(q || p)``: ``[n, vocab], [n, vocab] -> [n]``. The drafter must avoid what the target does not."""
     log_q = draft_logits.log_softmax(-1)
     return (log_q.exp() * (log_q - log_p)).sum(-1)
 
 
-def jensen_shannon(draft_logits: Tensor, log_p: Tensor, beta: float) -> Tensor:
+@divergence(logit_copies=10)
+def jensen_shannon(draft_logits: Tensor, log_p: Tensor, *, beta: Annotated[float, Field(gt=0, lt=1)] = 0.5) -> Tensor:
     """``beta KL(p || m) + (1 - beta) KL(q || m)`` with ``m = beta p + (1 - beta) q`` (GKD, arXiv 2306.13649).
 
-    ``beta`` lies in (0, 1); near 0 it goes like the forward, near 1 like the reverse KL, each times a factor.
+    Near ``beta = 0`` it behaves like the forward, near 1 like the reverse KL, each times a factor.
+
+    Raises:
+        ValueError: if beta lies outside (0, 1).
     """
+    if not 0 < beta < 1:
+        raise ValueError(f"beta must lie between 0 and 1, found {beta}: at the ends use forward_kl or reverse_kl.")
     log_q = draft_logits.log_softmax(-1)
     log_m = torch.logaddexp(log_p + math.log(beta), log_q + math.log1p(-beta))
     to_p = (log_p.exp() * (log_p - log_m)).sum(-1)
@@ -43,6 +95,18 @@ def overlap(draft_logits: Tensor, log_p: Tensor) -> Tensor:
 def log_overlap(draft_logits: Tensor, log_p: Tensor) -> Tensor:
     """``log sum_v min(p, q)``, finite and with a gradient where the supports barely meet."""
     return torch.minimum(log_p, draft_logits.log_softmax(-1)).logsumexp(-1)
+
+
+@divergence(logit_copies=5, renormalize=False)
+def total_variation(draft_logits: Tensor, log_p: Tensor) -> Tensor:
+    """``1 - sum_v min(p, q)``, the rejection rate (DistillSpec, arXiv 2310.08461)."""
+    return 1 - overlap(draft_logits, log_p)
+
+
+@divergence(logit_copies=6, renormalize=False)
+def neg_log_acceptance(draft_logits: Tensor, log_p: Tensor) -> Tensor:
+    """``-log sum_v min(p, q)``: ``[n, vocab], [n, vocab] -> [n]`` (LK losses, arXiv 2602.23881)."""
+    return -log_overlap(draft_logits, log_p)
 
 
 def two_outcome_kl(log_p: Tensor, log_q: Tensor) -> Tensor:

@@ -7,13 +7,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftopd.losses.base import DistilledLoss, Stream
+from draftopd.losses.base import Stream
+from draftopd.losses.distilled import TargetLoss
 from draftopd.losses.divergence import k3, two_outcome_kl
 from draftopd.replay.blocks import Blocks
 
 
-class SampledKL(DistilledLoss):
-    """Compares target and drafter on one token a slot instead of the whole vocabulary.
+class SampledKL(TargetLoss):
+    """Compares target and drafter on one token per slot instead of the whole vocabulary.
 
     Accepted stream: the forward KL between "the emitted token" and "another one". Rejected stream: the k3
     estimate of the reverse KL on the drafter's own token.
@@ -21,18 +22,25 @@ class SampledKL(DistilledLoss):
     Args:
         floor: log-probabilities are no smaller than this.
         most: a slot's loss is no larger than this.
-        options: see :class:`~draftopd.losses.base.DistilledLoss`.
+        gamma, accepted_gamma, options: see :class:`~draftopd.losses.distilled.TargetLoss`.
 
     Raises:
         ValueError: if the floor is not below 0 or ``most`` not above it.
     """
 
     same_on_both = False
-    renormalize = False
+    logit_copies = 6
 
-    def __init__(self, floor: float = -10.0, most: float = 10.0, gamma: float = 0.8, **options: Any) -> None:
-        options.setdefault("accepted_gamma", 1.0)
-        super().__init__(gamma, **options)
+    def __init__(
+        self,
+        *,
+        floor: float = -10.0,
+        most: float = 10.0,
+        gamma: float = 0.8,
+        accepted_gamma: float | None = 1.0,
+        **options: Any,
+    ) -> None:
+        super().__init__(gamma=gamma, accepted_gamma=accepted_gamma, **options)
         if not floor < 0 < most:
             raise ValueError(f"floor must be below and most above 0, found {floor} and {most}.")
         self.floor, self.most = floor, most
@@ -59,4 +67,4 @@ class SampledKL(DistilledLoss):
             )
             return estimate(log_p, log_q).clamp_max(self.most)
 
-        return self.view.compare(slot, blocks, used, blocks.head.row_of(tokens))
+        return self.view.compare(slot, blocks, used, blocks.head.row_of(tokens), renormalize=False)

@@ -8,8 +8,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from draftopd.losses.base import Loss
-from draftopd.losses.blend import Blend
 from draftopd.metrics.agreement import LOGIT_COPIES
 from draftopd.planning.activations import FLOAT, Kept, kept
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
@@ -18,24 +16,6 @@ from draftopd.targets.head import rows_at_once
 from draftopd.targets.target import MAX_BLOCK_QUERIES
 
 Parts = dict[str, float]
-
-_LOSS_COPIES = {
-    "CrossEntropy": 3,
-    "DPace": 3,
-    "Reach": 3,
-    "TotalVariation": 5,
-    "E2ETotalVariation": 5,
-    "LK": 7,
-    "JSD": 10,
-}
-_KL_COPIES = 6  # every other loss
-
-
-def loss_copies(loss: Loss) -> int:
-    """Logits-sized float32 tensors that the loss holds at once for a chunk; a blend's losses follow one another."""
-    if isinstance(loss, Blend):
-        return max(loss_copies(loss.first), loss_copies(loss.second))
-    return _LOSS_COPIES.get(type(loss).__name__, _KL_COPIES)
 
 
 class Moment(NamedTuple):

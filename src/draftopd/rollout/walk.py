@@ -10,7 +10,7 @@ at the anchor, see how far the text agrees, move on by the accepted length and o
 Two ways lead along the chain. Walking drafts the next anchor of every text, round by round. Drafting at every
 position at once needs no rounds, but drafts the positions in between too. A round costs little more for many
 texts than for one, so many texts are walked, and the last few are finished at every position at once
-(`benchmarks/decode_free.py` measures both).
+(`--parallel-below` of `benchmarks/speed/rollout.py` measures both).
 """
 
 from __future__ import annotations

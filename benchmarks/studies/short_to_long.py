@@ -1,13 +1,13 @@
-"""Trained on the beginnings of texts, tested on whole ones: tau by place in the text, and what mends it.
+"""A drafter trained on the beginnings of texts and tested on whole ones: tau by position, and what raises it.
 
-    python benchmarks/short_to_long.py
-    python benchmarks/short_to_long.py --only-draw  # figure and table from the results kept
+    python -m benchmarks.studies.short_to_long
+    python -m benchmarks.studies.short_to_long --only-draw   # figure and table from the results kept
 
-SFT makes a drafter from scratch that has seen no more than the first ``--short`` tokens of any response. From there:
-rotary positions scaled (the weights as they are), continued SFT on whole texts, and decode-free Draft-OPD on
-beginnings or on whole texts, as many steps each. The bundled drafter, made the same way on whole texts, is what is
-missed. All are tested on whole texts. Runs that have ended are not run again. Results go to
-benchmarks/results/short_to_long.json, the figure to docs/figures/short_to_long.svg.
+SFT makes a drafter from scratch that has seen only the first ``--short`` tokens of each response. Four ways on are
+compared with equally many steps: scaled rotary positions (without training), continued SFT on whole texts, and
+decode-free Draft-OPD on beginnings or on whole texts. The bundled drafter, which was made in the same way on whole
+texts, shows how much could be gained. All are tested on whole texts. Runs that have ended are not run again. Results go
+to benchmarks/results/short_to_long.json, the figure to docs/figures/short_to_long.svg.
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
-from machine import keep
 from matplotlib.figure import Figure
-from runs import RESULTS, interval, save, side_by_side, train
 
+from benchmarks.common import RESULTS, keep, read
+from benchmarks.studies.runs import bare, interval, markdown, percent, plain, save, side_by_side, study_parser, train
 from draftopd.cli.runs import find
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.seeds import gain, tau
 
 KEPT = RESULTS / "short_to_long.json"
 
-#: Linear scaling of the short drafter's positions: those of whole texts fall among the ones it has seen.
+#: Linear scaling of the short drafter's positions, which brings those of whole texts into the range that it has seen.
 SCALES = (2, 4)
-#: Every drafter: where its runs are kept, and what it is called.
+#: By drafter: its name. The key is the directory of its runs.
 NAMES = {
     "whole": "SFT on whole texts",
     "short": "SFT on beginnings",
@@ -48,30 +48,26 @@ TRAINED = {
     "opd_short": ["experiment=plateau/decode_free", "rollout.max_new_tokens={short}"],
     "opd_whole": ["experiment=plateau/decode_free"],
 }
-#: Tokens a bin of the figure; of fewer blocks none is drawn.
-WIDTH, LEAST = 16, 100
+#: Tokens per bin of the figure, and the least number of blocks that a bin is drawn for.
+WIDTH, MIN_BLOCKS = 16, 100
 
 
 def main() -> None:
     options = parse()
     if not options.only_draw:
         write(run(options), options)
-    draw(json.loads(KEPT.read_text()))
+    draw(read(KEPT))
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--short", type=int, default=48, help="tokens of a response")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser = study_parser(__doc__, "runs/short_to_long")
+    parser.add_argument("--short", type=int, default=48, help="tokens of each response that the first drafter sees")
     parser.add_argument("--epochs", type=int, default=5, help="of 32 optimizer steps, after SFT")
-    parser.add_argument("--runs", type=Path, default=Path("runs/short_to_long"))
-    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
-    parser.add_argument("--only-draw", action="store_true")
     return parser.parse_args()
 
 
 def run(options: argparse.Namespace) -> dict[str, list[Path]]:
-    """Train and test; the directories of each drafter's runs."""
+    """Train and test, and return the directories of each drafter's runs."""
     root = options.runs.resolve()
     sft = ["experiment=bundled_drafter", f"rollout.max_new_tokens={options.short}"]
     made = train(sft, root / "from_scratch", threads=os.cpu_count()) / "drafter"
@@ -90,7 +86,7 @@ def run(options: argparse.Namespace) -> dict[str, list[Path]]:
 
 
 def scaled(drafter: Path, to: Path, factor: int) -> Path:
-    """A copy of a drafter whose positions count ``1 / factor``."""
+    """A copy of a drafter that divides its positions by ``factor``."""
     shutil.copytree(drafter, to, dirs_exist_ok=True)
     config = json.loads((to / "config.json").read_text())
     config["rope_scaling"] = {"rope_type": "linear", "factor": float(factor)}
@@ -99,7 +95,7 @@ def scaled(drafter: Path, to: Path, factor: int) -> Path:
 
 
 def write(places: Mapping[str, Sequence[Path]], options: argparse.Namespace) -> None:
-    """Keep tau within and beyond what was trained on, and by bin."""
+    """Keep tau within and beyond the positions trained on, and by bin."""
     tested = {name: [find([place])[0].tested for place in of_arm] for name, of_arm in places.items()}
     longest = max(sum(blocks) for run in tested["whole"] for blocks in run.values())
     rows: list[dict[str, Any]] = []
@@ -114,14 +110,14 @@ def write(places: Mapping[str, Sequence[Path]], options: argparse.Namespace) -> 
         row["bins"] = [
             (begin, *interval(tau(own)))
             for begin, own in bins.items()
-            if sum(len(blocks) for blocks in own[0].values()) >= LEAST
+            if sum(len(blocks) for blocks in own[0].values()) >= MIN_BLOCKS
         ]
         rows.append(row)
-    keep(argparse.Namespace(**vars(options), results=KEPT), {"rows": rows})
+    keep(KEPT, options, {"rows": rows})
 
 
 def between(tested: Mapping[str, Sequence[int]], span: range) -> dict[str, list[int]]:
-    """Of every prompt the blocks whose anchor has one of these places in the response."""
+    """For each prompt, the sizes of the blocks whose anchor has one of these positions in the response."""
     return {
         prompt: [size for size, first in zip(blocks, accumulate(blocks, initial=0), strict=False) if first in span]
         for prompt, blocks in tested.items()
@@ -129,7 +125,7 @@ def between(tested: Mapping[str, Sequence[int]], span: range) -> dict[str, list[
 
 
 def draw(content: dict[str, Any]) -> None:
-    """tau along the text; and the table."""
+    """Draw tau along the text, and print the table."""
     figure = Figure(figsize=(7.6, 3.4), layout="constrained")
     panel = figure.subplots()
     for number, row in enumerate(content["rows"]):
@@ -140,15 +136,17 @@ def draw(content: dict[str, Any]) -> None:
         panel.fill_between(middles, low, high, color=colour, alpha=0.1, linewidth=0)
     panel.axvline(content["arguments"]["short"], color="#888888", linewidth=0.8, linestyle=":")
     panel.set(xlabel=f"token of the response (bins of {WIDTH})", ylabel="tau, test, 95 % interval")
-    panel.spines[["top", "right"]].set_visible(False)
+    bare([panel])
     figure.legend(loc="outside right upper", frameon=False, fontsize=8)
     save(figure, "short_to_long")
-    print("| drafter | seeds | tau within | beyond | all | beyond, over SFT on beginnings |")
-    print("|---|---:|---:|---:|---:|---:|")
-    for row in content["rows"]:
-        cells = ["{:.3f} [{:.3f}, {:.3f}]".format(*row[part]) for part in ("within", "beyond", "all")]
-        over = "{:+.1%} [{:+.1%}, {:+.1%}]".format(*row["beyond_over_short"]) if row["arm"] != "short" else ""
-        print(f"| {NAMES[row['arm']]} | {row['seeds']} | {' | '.join(cells)} | {over} |")
+    rows = [
+        [
+            NAMES[row["arm"]], str(row["seeds"]), *(plain(row[part]) for part in ("within", "beyond", "all")),
+            percent(row["beyond_over_short"]) if row["arm"] != "short" else "",
+        ]
+        for row in content["rows"]
+    ]  # fmt: skip
+    markdown("drafter|seeds:|tau within:|beyond:|all:|beyond, over SFT on beginnings:", rows)
 
 
 if __name__ == "__main__":

@@ -1,45 +1,56 @@
-"""Run the sweeps of ``experiment=ablation/*`` side by side, and say what each value is worth, with intervals.
+"""Run the sweeps of ``experiment=ablation/*`` side by side, and measure what each value is worth, with intervals.
 
-    python benchmarks/ablations.py                                # all of them: hours on two cores
-    python benchmarks/ablations.py --sweeps loss anchors --seeds 0
-    python benchmarks/ablations.py --only-draw                    # figure and table from the results kept
+    python -m benchmarks.studies.ablations                           # all sweeps: hours on two cores
+    python -m benchmarks.studies.ablations --sweeps loss anchors --seeds 0
+    python -m benchmarks.studies.ablations --only-draw               # figure and table from the results kept
 
-Jobs are those of ``python train.py experiment=ablation/NAME``, a directory each; of jobs that come to the same
-configuration only one is run. Those that have ended are not run again, so the same command goes on where it was
-stopped. Results go to benchmarks/results/ablations.csv (a row a value and seed) and ablations.json (a row a value, with
-95 % intervals over prompts and seeds), the figure to docs/figures/ablations.svg.
+The jobs are those of ``python train.py experiment=ablation/NAME``, with one directory per job. If several jobs have the
+same configuration, only one of them is run. Jobs that have ended are not run again, so the same command continues a
+study that was stopped. Results go to benchmarks/results/ablations.csv (one row per value and seed) and ablations.json
+(one row per value, with 95 % intervals over prompts and seeds), the figure to docs/figures/ablations.svg.
 """
 
 from __future__ import annotations
 
 import argparse
 import csv
+import datetime
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from itertools import chain, groupby, product
-from pathlib import Path
 from typing import Any, NamedTuple
 
 from hydra import compose, initialize_config_dir
-from machine import describe, keep
 from matplotlib.figure import Figure
 from omegaconf import OmegaConf
-from runs import RESULTS, ROOT, interval, save, side_by_side, train
 
+from benchmarks.common import RESULTS, ROOT, keep, machine, read
+from benchmarks.studies.runs import (
+    bare,
+    by_seed,
+    interval,
+    markdown,
+    percent,
+    plain,
+    save,
+    side_by_side,
+    study_parser,
+    train,
+)  # fmt: skip
 from draftopd.cli.runs import Run, find
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.seeds import gain, tau
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
+TABLE, KEPT = RESULTS / "ablations.csv", RESULTS / "ablations.json"
 REPORTED = ("steps", "tokens", "tau_after", "test_tau")
 
 
 class Job(NamedTuple):
     """One value of a sweep with one seed.
 
-    ``configuration`` tells its run from others', ``reference`` is that of the sweep's default with this seed.
+    ``configuration`` identifies its run, and ``reference`` the run of the sweep's default with this seed.
     """
 
     sweep: str
@@ -60,28 +71,24 @@ def main() -> None:
         jobs = [job for sweep in SWEEPS for job in jobs_of(sweep, options.seeds)]
         first = {job.configuration: job for job in jobs[::-1]}
         places = {c: options.runs / job.sweep / f"{job.key}={job.value},seed={job.seed}" for c, job in first.items()}
-        # Seed by seed, the sweeps in the order given, so that a stopped run has something of every value.
+        # Seed by seed, so that a study that was stopped has some result for every value.
         wanted = [job.configuration for sweep in options.sweeps for job in jobs if job.sweep == sweep]
         queue = sorted((first[c] for c in dict.fromkeys(wanted)), key=lambda job: job.seed)
         side_by_side(
             lambda job: train([*job.overrides, "hydra.mode=RUN"], places[job.configuration]), queue, options.parallel
         )
         write(jobs, {c: find([place])[0] for c, place in places.items() if (place / "report.json").exists()}, options)
-    draw(json.loads((RESULTS / "ablations.json").read_text()))
+    draw(read(KEPT)["rows"])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "runs/ablation")
     parser.add_argument("--sweeps", nargs="+", default=SWEEPS, choices=SWEEPS, metavar="SWEEP", help=", ".join(SWEEPS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--runs", type=Path, default=Path("runs/ablation"))
-    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
-    parser.add_argument("--only-draw", action="store_true")
     return parser.parse_args()
 
 
 def jobs_of(sweep: str, seeds: Sequence[int]) -> list[Job]:
-    """A sweep's jobs, as its configuration lists them but with these seeds."""
+    """The jobs that a sweep's configuration lists, but with these seeds."""
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         experiment = f"experiment=ablation/{sweep}"
         params = compose("train", [experiment], return_hydra_config=True).hydra.sweeper.params
@@ -96,24 +103,22 @@ def jobs_of(sweep: str, seeds: Sequence[int]) -> list[Job]:
 
 
 def configuration(overrides: list[str]) -> str:
-    """All that makes a difference to a run: not what it is called or where it is logged."""
+    """Everything that changes a run's result, so without its name and its logger."""
     config = compose("train", overrides)
     config.name = config.logger = None
     return json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
 
 
 def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namespace) -> None:
-    """Keep a row a value and seed, and a row a value, in the order of the sweeps.
+    """Keep one row per value and seed, and one row per value, in the order of the sweeps.
 
-    Sweeps may be run on several machines: values of other sweeps, without a run here, or of more seeds than have one
-    here keep the rows that they have. ``ran`` says of each row where and when.
+    Sweeps may be run on several machines. A value keeps its rows if its sweep was not asked for, if it has no run
+    here, or if its rows hold more seeds than have a run here. ``ran`` says where and when each row was made.
     """
     order = {job[:3]: number for number, job in enumerate(jobs)}
-    table, results = RESULTS / "ablations.csv", RESULTS / "ablations.json"
-    with table.open(newline="", encoding="utf-8") as file:
+    with TABLE.open(newline="", encoding="utf-8") as file:
         lines = [tuple(line) for line in csv.reader(file)][1:]
-    earlier = json.loads(results.read_text())
-    rows = [{"ran": ran(earlier["machine"])} | row for row in earlier["rows"]]
+    rows = read(KEPT)["rows"]
     kept = {(row["sweep"], row["key"], row["value"]): len(row["tau_by_seed"]) for row in rows}
     ended = [job for job in jobs if job.sweep in options.sweeps and job.configuration in runs]
     seeds = Counter(job[:3] for job in ended)
@@ -128,17 +133,19 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
             *job[:4], *(run.report[name] for name in REPORTED), sum(map(sum, blocks)), sum(map(len, blocks)),
             round(run.report["total_seconds"], 1),
         ))  # fmt: skip
-    with table.open("w", newline="", encoding="utf-8") as file:
+    with TABLE.open("w", newline="", encoding="utf-8") as file:
         writer = csv.writer(file, lineterminator="\n")
         writer.writerow(("sweep", "key", "value", "seed", *REPORTED, "test_tokens", "test_blocks", "seconds"))
         writer.writerows(sorted(lines, key=lambda line: (order[line[:3]], int(line[3]))))
+    here = machine()
+    ran = {"date": datetime.date.today().isoformat(), "processor": here["processor"], "cores": here["cores"]}
     for (sweep, key, value), found in groupby(ended, key=lambda job: job[:3]):
         same = list(found)
         tested = {job.seed: runs[job.configuration].tested for job in same}
         references = {job.seed: runs[job.reference].tested for job in same if job.reference in runs}
         default = same[0].configuration == same[0].reference
         rows.append({
-            "ran": ran(describe()), "sweep": sweep, "key": key, "value": value, "default": default,
+            "ran": ran, "sweep": sweep, "key": key, "value": value, "default": default,
             "tau_by_seed": {seed: tau([blocks]).value for seed, blocks in tested.items()},
             "tau": interval(tau(list(tested.values()))),
             "over_default": (
@@ -146,17 +153,12 @@ def write(jobs: Sequence[Job], runs: Mapping[str, Run], options: argparse.Namesp
             ),
         })  # fmt: skip
     rows.sort(key=lambda row: order[row["sweep"], row["key"], row["value"]])
-    keep(argparse.Namespace(**vars(options), results=results), {"rows": rows})
+    keep(KEPT, options, {"rows": rows})
 
 
-def ran(machine: Mapping[str, Any]) -> dict[str, Any]:
-    """Where and when."""
-    return {name: machine[name] for name in ("date", "processor", "cores")}
-
-
-def draw(content: dict[str, Any]) -> None:
-    """A panel a sweep, and the table; of sweeps of which more than one value was run."""
-    sweeps = [list(rows) for _, rows in groupby(content["rows"], key=lambda row: row["sweep"])]
+def draw(kept: list[dict[str, Any]]) -> None:
+    """Draw one panel per sweep and print the table, for sweeps of which more than one value was run."""
+    sweeps = [list(rows) for _, rows in groupby(kept, key=lambda row: row["sweep"])]
     sweeps = [rows for rows in sweeps if len(rows) > 1]
     columns = 3
     figure = Figure(figsize=(3.4 * columns, 2.1 * -(-len(sweeps) // columns)), layout="constrained")
@@ -171,18 +173,19 @@ def draw(content: dict[str, Any]) -> None:
         panel.set(ylim=(len(rows) - 0.4, -0.6))
         panel.set_title(rows[0]["sweep"], fontsize=9)
         panel.tick_params(axis="x", labelsize=8)
-        panel.spines[["top", "right"]].set_visible(False)
+    bare(panels)
     for panel in panels[len(sweeps) :]:
         panel.set_axis_off()
-    figure.supxlabel("test tau, 95 % interval; a stroke a seed; black: the default", fontsize=9)
+    figure.supxlabel("test tau, 95 % interval; one stroke per seed; black: the default", fontsize=9)
     save(figure, "ablations")
-    print("| sweep | value | tau by seed | tau [95 %] | over the default |\n|---|---|---|---:|---:|")
-    for row in chain.from_iterable(sweeps):
-        seeds = ", ".join(f"{value:.3f}" for value in row["tau_by_seed"].values())
-        what, over = f"`{row['key']}={row['value']}`", row["over_default"]
-        value, low, high = row["tau"]
-        worth = "default" if row["default"] else f"{over[0]:+.1%} [{over[1]:+.1%}, {over[2]:+.1%}]" if over else ""
-        print(f"| {row['sweep']} | {what} | {seeds} | {value:.3f} [{low:.3f}, {high:.3f}] | {worth} |")
+    table = [
+        [
+            row["sweep"], f"`{row['key']}={row['value']}`", by_seed(row["tau_by_seed"]), plain(row["tau"]),
+            "default" if row["default"] else percent(row["over_default"]),
+        ]
+        for row in chain.from_iterable(sweeps)
+    ]  # fmt: skip
+    markdown("sweep|value|tau by seed|tau [95 %]:|over the default:", table)
 
 
 if __name__ == "__main__":

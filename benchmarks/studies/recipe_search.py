@@ -1,24 +1,20 @@
-"""How the recipe was found: one change at a time, one seed, tau on validation prompts.
+"""How the recipe was found: one change at a time, with one seed, judged by tau on validation prompts.
 
-    python benchmarks/recipe_search.py
-    python benchmarks/recipe_search.py --only-draw # the table from the results kept
+    python -m benchmarks.studies.recipe_search
+    python -m benchmarks.studies.recipe_search --only-draw   # the table from the results kept
 
-Every row goes on from the bundled drafter for five epochs of 256 new prompts, 512 replays each unless it says
-otherwise; then 256 prompts are validated. One seed: small differences mean nothing. Runs that have ended
-are not run again. Results go to benchmarks/results/recipe_search.json.
+Every row trains the bundled drafter for five epochs of 256 new prompts, with 512 replays each unless it says otherwise.
+Then 256 prompts are validated. With one seed, small differences mean nothing. Runs that have ended are not run again.
+Results go to benchmarks/results/recipe_search.json.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
-import os
-from pathlib import Path
 from typing import Any
 
-from machine import keep
-from runs import RESULTS, side_by_side, train
-
+from benchmarks.common import RESULTS, keep, read
+from benchmarks.studies.runs import markdown, side_by_side, study_parser, train
 from draftopd.cli.runs import find
 
 KEPT = RESULTS / "recipe_search.json"
@@ -34,7 +30,7 @@ TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
 ALIKE = ["loss.accepted_gamma=1.0"]
 LONGER, LONGEST = ["drafter.block_size=12"], ["drafter.block_size=16"]
 #: From the recipe's loss to another, in a straight line.
-TO = ["loss=blend", "loss@loss.first=asymmetric_kl", "loss.first.accepted_gamma=1.0"]
+TO = ["loss=blend", "loss@loss.first=sharp_kl", "loss.first.accepted_gamma=1.0"]
 TO_REVERSE = ["loss@loss.second=reverse_kl", "loss.second.include_correction=true", "loss.second.normalization=stream"]
 
 #: What is tried, by the name of its run.
@@ -74,7 +70,7 @@ ROWS = {
         *FRESH, *SMALL, *TO, *TO_REVERSE, "loss.second.rejected_weight=0.0", "loss.second.target_temperature=0.05",
     ],
     "b4_curriculum": [
-        *FRESH, *SMALL, *TO, "loss@loss.second=asymmetric_kl", "loss.first.accepted_gamma=0.5",
+        *FRESH, *SMALL, *TO, "loss@loss.second=sharp_kl", "loss.first.accepted_gamma=0.5",
         "loss.second.accepted_gamma=1.0",
     ],
 }  # fmt: skip
@@ -88,34 +84,32 @@ def main() -> None:
             lambda name: train([*ROWS[name], *COMMON, texts], options.runs / name), options.rows, options.parallel
         )
         write(options)
-    draw(json.loads(KEPT.read_text())["rows"])
+    draw(read(KEPT)["rows"])
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "runs/recipe_search", seeds=())
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="ROW", help=", ".join(ROWS))
-    parser.add_argument("--runs", type=Path, default=Path("runs/recipe_search"))
-    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
-    parser.add_argument("--only-draw", action="store_true")
     return parser.parse_args()
 
 
 def write(options: argparse.Namespace) -> None:
-    """Keep what the rows that have ended came to; those that have no run here stay as they are kept."""
-    kept = {row["row"]: row for row in json.loads(KEPT.read_text())["rows"]}
+    """Keep the results of the rows asked for; all other rows stay as they are."""
+    kept = {row["row"]: row for row in read(KEPT)["rows"]}
     for name in options.rows:
         report = find([options.runs / name])[0].report
         kept[name] = {
             "row": name, "overrides": ROWS[name], "steps": report["steps"], "tau": round(report["tau_after"], 4)
         }  # fmt: skip
     rows = [kept[name] for name in ROWS if name in kept]
-    keep(argparse.Namespace(**vars(options), results=KEPT), {"common": COMMON, "rows": rows})
+    keep(KEPT, options, {"common": COMMON, "rows": rows})
 
 
 def draw(rows: list[dict[str, Any]]) -> None:
-    print("| `python train.py` ... | steps | tau, validation |\n|---|---:|---:|")
-    for row in rows:
-        print(f"| `{' '.join(row['overrides'])}` | {row['steps']} | {row['tau']:.3f} |")
+    markdown(
+        "`python train.py` ...|steps:|tau, validation:",
+        [[f"`{' '.join(row['overrides'])}`", str(row["steps"]), f"{row['tau']:.3f}"] for row in rows],
+    )
 
 
 if __name__ == "__main__":

@@ -1,20 +1,20 @@
-"""Everything that is to be known of a GPU, in one command: what agrees with plain arithmetic, and what it costs.
+"""All measurements that need a GPU, in one command: whether results agree with plain arithmetic, and what they cost.
 
-    python benchmarks/gpu.py
-    python benchmarks/gpu.py --parts checks decode --targets qwen3_4b
-    python benchmarks/gpu.py --device cpu --small --results small.json    # the same walk over tiny shapes
+    python -m benchmarks.speed.gpu
+    python -m benchmarks.speed.gpu --parts checks decode --targets qwen3_4b
+    python -m benchmarks.speed.gpu --device cpu --small --results small.json    # the same parts with tiny shapes
 
 Targets have the shapes of Qwen3-4B and 8B and random weights, drawn on the GPU in bfloat16; nothing is downloaded.
 
-- checks: block attention beside float64; liger's cross entropy beside the chunked one; texts and anchors of the
-  bundled pair, decoded plainly, speculatively, compiled and walked without decoding;
-- attention: block attention of a training step by each of torch's kernels, and by the one that torch chooses;
-- step: a Draft-OPD training step by part, peak memory, and the share of it that the matrices' arithmetic needs;
+- checks: block attention compared with float64; liger's cross entropy compared with the chunked one; texts and anchors
+  of the bundled pair, decoded plainly, speculatively and compiled, and found without decoding;
+- attention: block attention of a training step with each of torch's kernels, and with the one that torch chooses;
+- step: a Draft-OPD training step by part, its peak memory, and the fraction of it that the matrices' arithmetic needs;
 - loss: `loss.py` at 4,096 positions over the target's vocabulary;
-- decode: seconds a decoding step, eager and compiled, with a drafter of which a fixed number of proposals is accepted.
+- decode: seconds per decoding step, eager and compiled, with a fixed number of accepted proposals.
 
-Each case runs in a process of its own; one that fails is kept with its error. Exit status: 0 when all passed, 1 when a
-check or a case failed (the results are written all the same), 2 without a CUDA GPU. Results go to
+Each case runs in a process of its own, and a case that fails is kept with its error. Exit status: 0 if all passed, 1 if
+a check or a case failed (the results are written all the same), 2 without a CUDA GPU. Results go to
 benchmarks/results/gpu.json.
 """
 
@@ -23,35 +23,27 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import torch
-from forced_decoding import decode
-from loss import blocks_of
-from machine import describe, fresh_peak, held, multiplication_rate, wait
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
-from draftopd.decoding.generate import Decoder
+from benchmarks.common import Pair, case, keep, parser
+from benchmarks.speed import loss
+from benchmarks.speed.device import fresh_peak, held, multiplication_rate, wait
+from benchmarks.speed.forced_decoding import decode
 from draftopd.drafters.attention import View, block_attention
-from draftopd.drafters.load import load_for
 from draftopd.losses import liger
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.rollouts import DecodeFreeRollout
 from draftopd.rollout.trajectories import InProcessTrajectories
-from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "gpu.json"
 PARTS = ("checks", "attention", "step", "loss", "decode")
 #: Hidden size, layers, heads, key/value heads, head size, MLP width, vocabulary, whether the head is the embedding.
 SHAPE = ("hidden", "target_layers", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary", "tied")
@@ -90,7 +82,7 @@ def plain_attention(query: Tensor, context: Any, block: Any, ends: Tensor) -> Te
 def attention_inputs(
     shape: dict[str, Any], length: int, anchors: int, block: int, batch: int, device: str, dtype: torch.dtype
 ) -> tuple[list[Tensor], Tensor]:
-    """Query, context keys and values, block keys and values, with gradients; ends."""
+    """Query, context keys and values, block keys and values, all with gradients; and the contexts' ends."""
     generator, size, kv = torch.Generator().manual_seed(0), shape["head_dim"], shape["kv_heads"]
     shapes = [
         (batch, shape["heads"], anchors, block, size), *[(batch, kv, length, size)] * 2,
@@ -101,7 +93,7 @@ def attention_inputs(
 
 
 def check_attention(shape: dict[str, Any], device: str, dtype: torch.dtype, flex: bool) -> dict[str, float]:
-    """Largest errors of block attention's value and gradients, each by the largest entry of what they should be."""
+    """Largest errors of block attention's value and gradients, each relative to the largest exact entry."""
     length, anchors = (1000, 37) if device == "cuda" else (40, 21)
     inputs, ends = attention_inputs(shape, length, anchors, 16, 2, device, dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
@@ -115,12 +107,9 @@ def check_attention(shape: dict[str, Any], device: str, dtype: torch.dtype, flex
 
 
 def check_liger(shape: dict[str, Any], sizes: dict[str, Any], device: str, dtype: str) -> dict[str, float]:
-    """Liger's cross entropy beside the chunked one, weighted unevenly: relative errors of value and gradient."""
-    options = argparse.Namespace(
-        positions=sizes["positions"] // 4, vocabulary=shape["vocabulary"], hidden=shape["hidden"], device=device,
-        dtype=dtype,
-    )  # fmt: skip
-    blocks, results = blocks_of(options), []
+    """Relative errors of value and gradient of liger's cross entropy, weighted unevenly, to the chunked one."""
+    blocks = loss.blocks_of(loss.parse(loss_arguments(shape, sizes["positions"] // 4, device, dtype)))
+    results = []
     for fits in (liger.fits, lambda *_: False):
         blocks.draft_states.grad = None
         with patch.object(liger, "fits", fits):
@@ -133,23 +122,24 @@ def check_liger(shape: dict[str, Any], sizes: dict[str, Any], device: str, dtype
 
 
 def check_bundled(device: str, compiled: bool) -> dict[str, bool]:
-    """Whether all ways of decoding the bundled pair give one text, and the walk finds decoding's anchors."""
-    target = load_target("bundled:tiny_target", dtype="float32", device=device)
-    tokenizer = load_tokenizer("bundled:tiny_target")
-    drafter = load_for(target, "bundled:tiny_dflash").to(device).eval()
-    prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(8 if device == "cuda" else 2))
-    options = {"max_new_tokens": 96, "stop": stop_tokens(target, tokenizer)}
-    plain = Decoder(target, None, **options).decode_batch(prompts)
-    drafted = Decoder(target, drafter, **options).decode_batch(prompts)
+    """Whether all ways of decoding the bundled pair give the same text, and the walk finds decoding's anchors."""
+    pair = Pair.load(argparse.Namespace(
+        target="bundled:tiny_target", drafter="bundled:tiny_dflash", dtype="float32", device=device,
+        threads=torch.get_num_threads(),
+    ))  # fmt: skip
+    prompts = pair.prompts(8 if device == "cuda" else 2)
+    plain = pair.decoder(96, drafted=False).decode_batch(prompts)
+    drafted = pair.decoder(96).decode_batch(prompts)
     records = [Recorded(d.tokens, len(d.prompt), d.anchors, d.accepted, d.emitted) for d in drafted]
     bare = [Recorded(r.tokens, r.prompt_length, [], [], []) for r in records]
-    walked = DecodeFreeRollout(InProcessTrajectories("unused"), max_new_tokens=96).anchored(target, drafter, bare, 0)
+    rollout = DecodeFreeRollout(InProcessTrajectories("unused"), max_new_tokens=96)
+    walked = rollout.anchored(pair.target, pair.drafter, bare, 0)
     same = {
         "speculative": [d.response for d in drafted] == [d.response for d in plain],
         "decode_free": walked == records,
     }
     if compiled:
-        again = Decoder(target, drafter, **options, compiled=True)
+        again = pair.decoder(96, compiled=True)
         # Three times: compiled, recorded, replayed.
         turns = [[(d.response, d.anchors) for d in again.decode_batch(prompts)] for _ in range(3)]
         same["compiled"] = turns == [[(d.response, d.anchors) for d in drafted]] * 3
@@ -161,23 +151,23 @@ def checks(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
     found: dict[str, Any] = {"bundled": check_bundled(device, compiled=device == "cuda")}
     failed = [f"bundled, {name}" for name, same in found["bundled"].items() if not same]
     allowed = {"float32": 1e-4, "bfloat16": 3e-2}
-    for dtype, most in allowed.items():
+    for dtype, max_error in allowed.items():
         compared = {"attention": check_attention(shape, device, getattr(torch, dtype), flex=False)}
-        if device == "cuda":  # it has no backward on a CPU
+        if device == "cuda":  # FlexAttention has no backward on a CPU
             compared["FlexAttention"] = check_attention(shape, device, getattr(torch, dtype), flex=True)
         if device == "cuda" and liger.installed():
             compared["liger"] = check_liger(shape, sizes, device, dtype)
         for name, errors in compared.items():
             found[f"{name}, {dtype}"] = errors
-            # A NaN is no less than anything, so it fails too.
-            failed += [f"{name}, {dtype}: {what}" for what, error in errors.items() if not error < most]
+            # Written so that a NaN fails too.
+            failed += [f"{name}, {dtype}: {what}" for what, error in errors.items() if not error < max_error]
     if "liger, float32" not in found:
-        found["liger"] = "left out: it wants a GPU and pip install -e '.[gpu]'"
+        found["liger"] = "left out: it needs a GPU and pip install -e '.[gpu]'"
     return found | {"failed": failed}
 
 
 def attention(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[str, Any]:
-    """Seconds and peak memory of one layer's block attention, there and back, by kernel."""
+    """Seconds and peak memory of one layer's block attention, forward and backward, by kernel."""
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, ends = attention_inputs(shape, sizes["length"], sizes["anchors"], sizes["block"], 1, device, dtype)
     query, ck, cv, bk, bv = inputs
@@ -210,95 +200,97 @@ def attention(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict
     return found
 
 
-def command_of(part: str, shape: dict[str, Any], sizes: dict[str, Any], device: str, kept: Path) -> list[str]:
-    """The process of a part that another script measures."""
+def loss_arguments(shape: dict[str, Any], positions: int, device: str, dtype: str) -> list[str]:
+    """Those of `loss.py` for a target's shape."""
+    return [
+        f"--positions={positions}", f"--vocabulary={shape['vocabulary']}", f"--hidden={shape['hidden']}",
+        f"--device={device}", f"--dtype={dtype}", f"--rounds={3 if device == 'cuda' else 1}",
+    ]  # fmt: skip
+
+
+def step_arguments(shape: dict[str, Any], sizes: dict[str, Any], device: str, dtype: str) -> list[str]:
+    """Those of `training.py` for a target's shape."""
+    named = {name: shape[name] for name in SHAPE if name not in ("vocabulary", "tied")}
+    named |= {"layers": sizes["layers"], "taps": sizes["layers"], "block": sizes["block"]}
+    named |= {"device": device, "dtype": dtype, "rounds": 3 if device == "cuda" else 1, "loss": "asymmetric_kl"}
+    return [
+        *(f"--{name.replace('_', '-')}={value}" for name, value in named.items()), *["--tied"] * shape["tied"],
+        "--optimizer", "--autocast", "--case", str(sizes["length"]), str(sizes["anchors"]), str(shape["vocabulary"]),
+    ]  # fmt: skip
+
+
+def measure(part: str, name: str, shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[str, Any]:
+    """The result of a case in a process of its own, or its error."""
     low = "bfloat16" if device == "cuda" else "float32"
-    if part == "loss":
-        names = {"positions": sizes["positions"], "vocabulary": shape["vocabulary"], "hidden": shape["hidden"]}
-        command = [str(HERE / "loss.py"), "--results", str(kept)]
-    else:
-        names = {name: shape[name] for name in SHAPE if name not in ("vocabulary", "tied")}
-        names |= {"layers": sizes["layers"], "taps": sizes["layers"], "block": sizes["block"]}
-        case = [str(value) for value in (sizes["length"], sizes["anchors"], shape["vocabulary"])]
-        command = [str(HERE / "training.py"), "--loss", "asymmetric_kl", "--optimizer", "--autocast", "--case", *case]
-        command += ["--tied"] if shape["tied"] else []
-    for name, value in names.items():
-        command += [f"--{name.replace('_', '-')}", str(value)]
-    return [sys.executable, *command, "--device", device, "--dtype", low, "--rounds", "3" if device == "cuda" else "1"]
-
-
-def run(command: list[str], kept: Path | None) -> dict[str, Any]:
-    """What a case found, or its error."""
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        lines = done.stderr.strip().splitlines() or [f"ended with status {done.returncode}"]
+    try:
+        if part == "loss":
+            arguments = loss_arguments(shape, sizes["positions"], device, low)
+            return loss.compare(loss.parse(arguments), arguments)
+        if part == "step":
+            return case(step_arguments(shape, sizes, device, low), "benchmarks.speed.training")
+        return case([*sys.argv[1:], "--case", part, name], "benchmarks.speed.gpu")
+    except SystemExit as failed:
+        lines = str(failed).splitlines()
         return {"error": lines[-1], "trace": lines[-12:]}
-    return json.loads(kept.read_text())["losses"] if kept else json.loads(done.stdout.splitlines()[-1])
+
+
+def parse() -> argparse.Namespace:
+    made = parser(__doc__, "gpu.json")
+    made.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
+    made.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="ignored with --small")
+    made.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
+    made.add_argument("--small", action="store_true", help="tiny shapes, to try the script itself")
+    made.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
+    return made.parse_args()
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--targets", nargs="+", choices=TARGETS, default=list(TARGETS), help="ignored with --small")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--small", action="store_true", help="tiny shapes, to try the script itself")
-    parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    options = parse()
     if options.device == "cuda" and not torch.cuda.is_available():
         print(
-            "No CUDA GPU: torch sees none here, so nothing was measured. --device cpu --small tries the script itself.",
+            "No CUDA GPU: torch finds none, so nothing was measured. --device cpu --small tries the script itself.",
             file=sys.stderr,
         )
         return 2
-    targets = SMALL if options.small else {name: TARGETS[name] for name in options.targets}
+    chosen = SMALL if options.small else {name: TARGETS[name] for name in options.targets}
+    targets = {name: dict(zip(SHAPE, values, strict=True)) for name, values in chosen.items()}
     sizes, device = SMALL_SIZES if options.small else REAL_SIZES, options.device
     if options.case:
         part, name = options.case
-        shape = dict(zip(SHAPE, targets[name], strict=True))
-        print(json.dumps({"checks": checks, "attention": attention, "decode": decode}[part](shape, sizes, device)))
+        measured = {"checks": checks, "attention": attention, "decode": decode}[part]
+        print(json.dumps(measured(targets[name], sizes, device)))
         return 0
+    options.targets = list(targets)
     content: dict[str, Any] = {
-        "machine": describe(),
-        "arguments": {"device": device, "small": options.small, "parts": options.parts, "targets": list(targets)},
         "sizes": sizes,
         "operations_per_second": {
             dtype: multiplication_rate(device, dtype, size=256 if options.small else None)
             for dtype in ("bfloat16", "float32")
         },
+        "rows": [],
+        "failed": [],
     }
-    failed = []
     for part in options.parts:
-        content[part] = {}
         # Checks and attention depend on the heads alone, in which the targets agree.
         for name in list(targets)[:1] if part in ("checks", "attention") else targets:
-            shape = dict(zip(SHAPE, targets[name], strict=True))
-            with tempfile.TemporaryDirectory() as place:
-                kept = Path(place) / "kept.json" if part == "loss" else None
-                if part in ("loss", "step"):
-                    command = command_of(part, shape, sizes, device, Path(place) / "kept.json")
-                else:
-                    command = [sys.executable, __file__, *sys.argv[1:], "--case", part, name]
-                found = content[part][name] = run(command, kept)
-            failed += [f"{part} {name}: {found['error']}"] if "error" in found else []
-            failed += [f"check: {what}" for what in found.get("failed", [])]
+            found = measure(part, name, targets[name], sizes, device)
+            content["rows"].append({"part": part, "target": name, **found})
+            content["failed"] += [f"{part} {name}: {found['error']}"] if "error" in found else []
+            content["failed"] += [f"check: {what}" for what in found.get("failed", [])]
             print(f"\n{part}, {name}")
             show(part, found)
-            # Written after every case, so that what was found outlives an interruption.
-            content["failed"] = failed
-            options.results.parent.mkdir(exist_ok=True)
-            options.results.write_text(json.dumps(content, indent=2, default=str) + "\n")
-    print(f"\nwrote {options.results}")
-    for line in failed:
+            # Written after every case, so that an interruption loses nothing.
+            keep(options.results, options, content)
+    for line in content["failed"]:
         print(f"FAILED {line}")
-    return 1 if failed else 0
+    return 1 if content["failed"] else 0
 
 
 def show(part: str, found: dict[str, Any]) -> None:
-    """One line a row."""
+    """Print one line per measurement."""
     if part == "step" and "error" not in found:
-        share = found["floor_seconds"] / found["seconds"]
-        print(f"  {found['seconds']:.3f} s without the optimizer, {share:.0%} of it the matrices' arithmetic")
+        floor = found["floor_seconds"] / found["seconds"]
+        print(f"  {found['seconds']:.3f} s without the optimizer, {floor:.0%} of it the matrices' arithmetic")
         print(f"  peak {found['held_mib'] + found['peak_mib']:,.0f} MiB, {found['held_mib']:,.0f} of it the weights")
         found = found["parts"]
     for name, values in found.items():

@@ -1,36 +1,35 @@
-"""The plan's memory beside the real peak of tensor memory: a training step moment by moment, and decoding.
+"""The plan's memory compared with the measured peak: a training step moment by moment, and decoding.
 
-    python benchmarks/plan.py
+    python -m benchmarks.speed.plan
+    python -m benchmarks.speed.plan --first 1     # only the base shape
 
 Random targets and drafters of several shapes, kinds and precisions take one training step on a CPU under torch's
-profiler, which reports every allocation. Weights, gradients and optimizer states, whose sizes are known exactly, are
-left out on both sides, so that the error is that of what is estimated. Results go to a JSON file.
+profiler, which reports every allocation. Weights, gradients and optimizer states are left out on both sides, because
+their sizes are known exactly. Results go to benchmarks/results/plan.json.
 """
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import torch
-from machine import keep
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
+from benchmarks.common import keep, parser
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
-from draftopd.losses.kl import ForwardKL
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl
 from draftopd.planning.measure import decoding_peak, step_peaks
 from draftopd.planning.memory import Decoding, by_moment, decoding, training_step
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.replay.batch import ReplayBatch
 from draftopd.targets.target import Target
 
-RESULTS = Path(__file__).parent / "results" / "plan.json"
 BASE: dict[str, Any] = {
     "kind": "dflash", "hidden": 512, "heads": 8, "kv_heads": 2, "intermediate": 1536, "target_layers": 4, "layers": 3,
     "experts": 0, "block": 8, "batch": 2, "tokens": 768, "anchors": 48, "vocabulary": 8000, "loss": "forward_kl",
@@ -57,6 +56,7 @@ CASES: list[dict[str, Any]] = [
 
 
 def build(case: dict[str, Any]) -> tuple[Target, Drafter, ReplayBatch, Loss]:
+    """A random pair of this shape, one batch for it, and its loss."""
     torch.manual_seed(0)
     common = {
         "vocab_size": case["vocabulary"], "hidden_size": case["hidden"], "intermediate_size": case["intermediate"],
@@ -79,14 +79,19 @@ def build(case: dict[str, Any]) -> tuple[Target, Drafter, ReplayBatch, Loss]:
     target.tap(drafter.target_layer_ids)
     rows, n = case["batch"], case["tokens"]
     ids = torch.randint(case["vocabulary"] - 1, (rows, n))
-    places = [torch.randperm(n - case["block"] - 1)[: case["anchors"]].sort().values + 1 for _ in range(rows)]
-    anchors, lengths = torch.stack(places), torch.full((rows,), n)
+    positions = [torch.randperm(n - case["block"] - 1)[: case["anchors"]].sort().values + 1 for _ in range(rows)]
+    anchors, lengths = torch.stack(positions), torch.full((rows,), n)
     batch = ReplayBatch(ids, torch.zeros_like(lengths), lengths, anchors, torch.ones_like(anchors).bool(), -lengths)
-    return target, drafter, batch, CrossEntropy(gamma=7.0) if case["loss"] == "cross_entropy" else ForwardKL()
+    return (
+        target,
+        drafter,
+        batch,
+        CrossEntropy(gamma=7.0) if case["loss"] == "cross_entropy" else Distilled(accepted=forward_kl),
+    )
 
 
 def compare(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
-    """MiB measured and planned of each moment, of the whole step (``step``) and of decoding (``decoding``)."""
+    """MiB measured and planned, by moment, for the whole step (``step``) and for decoding (``decoding``)."""
     target, drafter, batch, loss = build(case)
     measured: dict[str, float] = dict(step_peaks(target, drafter, batch, loss, case["bfloat16"], case["attention"]))
     t = TargetSize.of(target, target.dtype.itemsize)
@@ -98,7 +103,7 @@ def compare(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
     planned = by_moment(training_step(t, d, step))
     measured["step"], planned["step"] = measured.pop(""), max(planned.values())
     if case["attention"] == "math":
-        # The target is held to plain operations too here, which it is not on a device.
+        # Here the target is restricted to plain operations as well, which it is not on a GPU.
         planned = {name: size for name, size in planned.items() if name in ("draft", "loss", "backward", "step")}
     run = Decoding(8, case["tokens"] // 2, 32)
     prompts = [batch.ids[0, : run.prompt].tolist()] * run.rows
@@ -108,11 +113,11 @@ def compare(case: dict[str, Any]) -> dict[str, tuple[float, float]]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    made = parser(__doc__, "plan.json")
+    made.add_argument("--first", type=int, default=len(CASES), help="how many of the cases to measure")
+    options = made.parse_args()
     cases = []
-    for changes in CASES:
+    for changes in CASES[: options.first]:
         found = compare(BASE | changes)
         errors = {name: planned / measured - 1 for name, (measured, planned) in found.items()}
         print(changes or "the base shape", {name: f"{error:+.1%}" for name, error in errors.items()}, flush=True)
@@ -120,10 +125,7 @@ def main() -> None:
     names = dict.fromkeys(name for case in cases for name in case["errors"])
     worst = {name: max((case["errors"].get(name, 0.0) for case in cases), key=abs) for name in names}
     print("largest errors", {name: f"{error:+.1%}" for name, error in worst.items()})
-    content = {
-        "base": BASE, "cases": cases, "largest_errors": worst
-    }  # fmt: skip
-    keep(options, content)
+    keep(options.results, options, {"base": BASE, "rows": cases, "largest_errors": worst})
 
 
 if __name__ == "__main__":

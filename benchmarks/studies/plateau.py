@@ -1,27 +1,27 @@
-"""Does Draft-OPD lift a drafter off the plateau of SFT? The paper's first figure, in the small, with controls.
+"""Does Draft-OPD lift a drafter off the plateau of SFT? The paper's first figure on a small scale, with controls.
 
-    python benchmarks/plateau.py                       # from the bundled drafter
-    python benchmarks/plateau.py --from-scratch        # from a drafter that SFT first takes to its plateau
-    python benchmarks/plateau.py --study recipe        # the best recipe found, beside SFT in batches as small
-    python benchmarks/plateau.py --study recipe_long   # the same, twice as long
-    python benchmarks/plateau.py --target DIR          # another target, from scratch; DIR's name goes into the results'
-    python benchmarks/plateau.py --seeds 0 --epochs 2  # a look
-    python benchmarks/plateau.py --only-draw           # figure and table from the results kept
+    python -m benchmarks.studies.plateau                       # from the bundled drafter
+    python -m benchmarks.studies.plateau --from-scratch        # from a drafter that SFT first trains to its plateau
+    python -m benchmarks.studies.plateau --study recipe        # the best recipe found, and SFT in batches as small
+    python -m benchmarks.studies.plateau --study recipe_long   # the same, twice as long
+    python -m benchmarks.studies.plateau --target DIR          # another target, from scratch; DIR names the results
+    python -m benchmarks.studies.plateau --seeds 0 --epochs 2  # a first look
+    python -m benchmarks.studies.plateau --only-draw           # figure and table from the results kept
 
-Every arm goes on from the same SFT drafter on the same stream of new prompts (``configs/experiment/plateau``), with as
-many optimizer steps; then SFT once more with as many operations, rollouts included, as the dearest of the others,
-rounded up to whole epochs. The recipe's study has equal operations alone: its smaller batches make more steps of the
-same replays. Each run is tested once, at its end, on 500 held-out problems. Operations are counted over a first epoch
-of each arm: counting slows decoding down by about two fifths, and an epoch takes about as many as the next. A run that
-has ended is not run again, so the same command goes on where it was stopped. Results go to
-benchmarks/results/STUDY.csv (a row a run) and STUDY.json (curves, intervals, machine), the figure to
-docs/figures/STUDY.svg.
+Every arm starts from the same SFT drafter and reads the same stream of new prompts (``configs/experiment/plateau``).
+All arms first take equally many optimizer steps. Then SFT runs once more with as many operations, rollouts included, as
+the most expensive of the other arms, rounded up to whole epochs. The recipe's study has equal operations only, because
+its smaller batches make more steps of the same replays. Each run is tested once, at its end, on 500 held-out problems.
+
+Operations are counted over the first epoch of each arm, because counting slows decoding down by about two fifths, and
+all epochs take about equally many. A run that has ended is not run again, so the same command continues a study that
+was stopped. Results go to benchmarks/results/STUDY.csv (one row per run) and STUDY.json (curves, intervals, machine),
+the figure to docs/figures/STUDY.svg.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 from collections.abc import Iterable
@@ -31,16 +31,28 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any, NamedTuple
 
-from machine import keep
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from runs import RESULTS, interval, save, scalars, side_by_side, train
 
+from benchmarks.common import RESULTS, keep, read
+from benchmarks.studies.runs import (
+    bare,
+    by_seed,
+    interval,
+    markdown,
+    percent,
+    plain,
+    save,
+    scalars,
+    side_by_side,
+    study_parser,
+    train,
+)  # fmt: skip
 from draftopd.cli.runs import Run, find, rows, write_csv
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.seeds import gain, tau
 
-#: By arm its name in a sentence, and under an axis.
+#: By arm: its name in a sentence, and under an axis.
 ARMS = {
     "sft": ("continued SFT", "SFT"),
     "opd": ("Draft-OPD", "OPD"),
@@ -49,15 +61,15 @@ ARMS = {
     "recipe": ("recipe", "recipe"),
 }
 
-
-#: By what is made equal, the epochs that each arm has.
+#: By what is made equal: the number of epochs of each arm.
 Plan = dict[str, dict[str, int]]
 
 
 class Study(NamedTuple):
-    """Arms, trained for so many epochs of 512 replays; ``control``, which they are compared with, is given as much.
+    """Arms to train for a number of epochs of 512 replays each.
 
-    ``equal`` says as much of what: ``steps``, ``compute``, or each in a run of its own.
+    They are compared with ``control``, which gets as much of each of ``equal`` (``steps``, ``compute``) in a run of its
+    own.
     """
 
     arms: tuple[str, ...]
@@ -84,19 +96,16 @@ def main() -> None:
         planned = plan(spent, options)
         run_all(planned, given, options)
         write(planned, spent, options)
-    draw(json.loads((RESULTS / f"{options.name}.json").read_text()), options)
+    draw(read(RESULTS / f"{options.name}.json"), options)
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = study_parser(__doc__, "runs/plateau, and runs/plateau_NAME for another target")
     parser.add_argument("--study", choices=STUDIES, default="plateau")
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--epochs", type=int, help="of 512 replays; default: the study's")
     parser.add_argument("--target", type=Path, help="a directory in Hugging Face layout; default: the bundled target")
-    parser.add_argument("--runs", type=Path, help="default: runs/plateau, of another target runs/plateau_NAME")
-    parser.add_argument("--parallel", type=int, default=os.cpu_count(), help="runs at once, of one thread each")
-    parser.add_argument("--from-scratch", action="store_true", help="always so for another target")
-    parser.add_argument("--only-draw", action="store_true")
+    parser.add_argument("--from-scratch", action="store_true", help="always on for another target")
+    parser.set_defaults(runs=None)
     options = parser.parse_args()
     options.epochs = options.epochs or STUDIES[options.study].epochs
     of_target = f"_{options.target.name}" if options.target else ""
@@ -107,17 +116,17 @@ def parse() -> argparse.Namespace:
 
 
 def sft(given: list[str], options: argparse.Namespace) -> Path:
-    """The drafter that SFT has taken to its plateau."""
+    """The drafter that SFT has trained to its plateau."""
     directory = options.runs.resolve() / "from_scratch"
     return train(["experiment=bundled_drafter", *given], directory, threads=os.cpu_count()) / "drafter"
 
 
 def count(given: list[str], options: argparse.Namespace) -> dict[str, float]:
-    """Operations of each arm's first epoch, rollouts included, and the figures of logged steps."""
+    """Operations of each arm's first epoch, rollouts included."""
     places = {arm: options.runs / "counted" / arm for arm in STUDIES[options.study].arms}
     for directory in places.values():
         if not (directory / "report.json").exists():
-            shutil.rmtree(directory, ignore_errors=True)  # a run that goes on does not count what it did before
+            shutil.rmtree(directory, ignore_errors=True)  # a continued run does not count what it did before
     alone = ["trainer.max_epochs=1", "data.test_count=0"]
     side_by_side(
         lambda arm: train([f"experiment=plateau/{arm}", *alone, *given], places[arm]), list(places), options.parallel
@@ -126,7 +135,7 @@ def count(given: list[str], options: argparse.Namespace) -> dict[str, float]:
 
 
 def plan(spent: dict[str, float], options: argparse.Namespace) -> Plan:
-    """Epochs of each arm, so that the control has as many steps, or at least as many operations, as any other."""
+    """Epochs of each arm: the control has as many steps, or at least as many operations, as any other arm."""
     study, found = STUDIES[options.study], {}
     for equal in study.equal:
         found[equal] = dict.fromkeys(study.arms, options.epochs)
@@ -149,12 +158,12 @@ def run_all(planned: Plan, given: list[str], options: argparse.Namespace) -> Non
 
 
 def each(planned: Plan) -> list[tuple[str, int]]:
-    """Arms and their epochs, once each: all but the control have one run for equal steps and equal operations."""
+    """Arms and their epochs, each once: all arms but the control use one run for equal steps and equal operations."""
     return sorted({pair for epochs in planned.values() for pair in epochs.items()})
 
 
 def place(options: argparse.Namespace, arm: str, epochs: int, seed: int) -> Path:
-    """Where a run is kept."""
+    """The directory of a run."""
     return options.runs / f"{arm}-{epochs}" / str(seed)
 
 
@@ -164,13 +173,13 @@ def runs_of(options: argparse.Namespace, arm: str, epochs: int, seeds: Iterable[
 
 
 def write(planned: Plan, spent: dict[str, float], options: argparse.Namespace) -> None:
-    """Keep the tidy table, and curves and intervals; ``spent`` are operations an epoch."""
+    """Keep the tidy table, curves and intervals; ``spent`` are operations per epoch."""
     kept = [place(options, arm, epochs, seed) for arm, epochs in each(planned) for seed in options.seeds]
     runs = find([options.runs / "start", *kept])
     with (RESULTS / f"{options.name}.csv").open("w", newline="", encoding="utf-8") as file:
         write_csv(rows(runs), file)
     (start,), control_arm = find([options.runs / "start"]), STUDIES[options.study].control
-    content: dict[str, Any] = {"start": interval(tau([start.tested])), "arms": []}
+    content: dict[str, Any] = {"start": interval(tau([start.tested])), "rows": []}
     if options.from_scratch:
         (made,) = find([options.runs / "from_scratch"])
         content["sft"] = [(step + 1, value) for step, value in scalars(made.directory, "val/tau")]
@@ -180,28 +189,29 @@ def write(planned: Plan, spent: dict[str, float], options: argparse.Namespace) -
             of_arm = runs_of(options, arm, epochs[arm], options.seeds)
             steps, tflop = of_arm[options.seeds[0]].report["steps"], epochs[arm] * spent[arm] / 1e12
             tested = [run.tested for run in of_arm.values()]
-            content["arms"].append({
+            content["rows"].append({
                 "equal": kind, "arm": arm, "steps": steps, "tflop": tflop,
                 "tau_by_seed": {seed: tau([run.tested]).value for seed, run in of_arm.items()},
                 "tau": interval(tau(tested)), "over_start": interval(gain(tested, [start.tested])),
                 "over_control": None if arm == control_arm else interval(gain(tested, control)),
                 "curves": [curve(run, start.report["tau_before"], tflop / steps) for run in of_arm.values()],
             })  # fmt: skip
-    keep(argparse.Namespace(**vars(options), results=RESULTS / f"{options.name}.json"), content)
+    keep(RESULTS / f"{options.name}.json", options, content)
 
 
 def curve(run: Run, began: float, tflop: float) -> list[tuple[int, float, float]]:
-    """Step, operations in TFLOP and validation tau: of the drafter that it began with, and at each validation.
+    """Step, operations in TFLOP and validation tau, before the first step and at each validation.
 
     Args:
-        tflop: of a step.
+        began: tau before the first step.
+        tflop: operations per step.
     """
     found = ((step + 1, value) for step, value in scalars(run.directory, "val/tau"))
     return [(0, 0.0, began), *((step, step * tflop, value) for step, value in found)]
 
 
 def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
-    """Validation tau by steps and by operations, test tau with its intervals; and the table."""
+    """Draw validation tau by steps and by operations, and test tau with its intervals; print the table."""
     arms, equal = STUDIES[options.study][:2]
     x_of = {"steps": (0, "optimizer steps"), "compute": (1, "TFLOP, rollouts included")}
     first = ["sft"] if "sft" in content and "steps" in equal else []
@@ -215,7 +225,7 @@ def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
     for kind in equal:
         panels[kind].set(xlabel=x_of[kind][1], title=f"equal {kind}")
     test = panels["test"]
-    for found in content["arms"]:
+    for found in content["rows"]:
         number, kind = arms.index(found["arm"]), found["equal"]
         style = {"color": COLOURS[list(ARMS).index(found["arm"])], "label": ARMS[found["arm"]][0]}
         lines(panels[kind], found["curves"], x_of[kind][0], style)
@@ -225,8 +235,7 @@ def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
             number + aside, value, [[value - low], [high - value]], color=style["color"], marker=marker, capsize=3
         )
     test.axhline(content["start"][0], color="black", linewidth=0.8, linestyle=":")
-    for panel in panels.values():
-        panel.spines[["top", "right"]].set_visible(False)
+    bare(panels.values())
     title = "\u25cf steps   \u25a0 compute" if len(equal) > 1 else "test"
     test.set(ylabel="tau, test, 95 % interval", title=title, xlim=(-0.5, len(arms) - 0.5))
     names = [ARMS[arm][1].replace(" ", "\n").replace("-", "-\n") for arm in arms]
@@ -234,38 +243,29 @@ def draw(content: dict[str, Any], options: argparse.Namespace) -> None:
     handles = panels[equal[0]].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=len(arms), frameon=False)
     save(figure, options.name)
-    print(table(content))
+    table(content)
 
 
 def lines(panel: Axes, curves: list[list[list[float]]], x: int, style: dict[str, Any]) -> None:
-    """Every seed's curve thin, their mean thick."""
+    """Each seed's curve as a thin line, their mean as a thick one."""
     for points in curves:
         panel.plot([p[x] for p in points], [p[2] for p in points], color=style["color"], alpha=0.35, linewidth=0.8)
     means = [[fmean(values) for values in zip(*same, strict=True)] for same in zip(*curves, strict=True)]
     panel.plot([m[x] for m in means], [m[2] for m in means], marker="o", markersize=3, **style)
 
 
-def table(content: dict[str, Any]) -> str:
-    """The test taus in Markdown."""
-    lines = [
-        "| arm | equal | steps | TFLOP | tau by seed | tau [95 %] | over the start | over continued SFT |",
-        "|---|---|---:|---:|---|---:|---:|---:|",
-    ]
-    value, low, high = content["start"]
-    lines.append(f"| the SFT drafter | | 0 | 0 | | {value:.3f} [{low:.3f}, {high:.3f}] | | |")
-    for found in content["arms"]:
-        seeds = ", ".join(f"{value:.3f}" for value in found["tau_by_seed"].values())
-        value, low, high = found["tau"]
-        over = percent(found["over_control"])
-        lines.append(
-            f"| {ARMS[found['arm']][0]} | {found['equal']} | {found['steps']:.0f} | {found['tflop']:.1f} | {seeds} "
-            f"| {value:.3f} [{low:.3f}, {high:.3f}] | {percent(found['over_start'])} | {over} |"
-        )
-    return "\n".join(lines)
-
-
-def percent(found: list[float] | None) -> str:
-    return "" if found is None else f"{found[0]:+.1%} [{found[1]:+.1%}, {found[2]:+.1%}]"
+def table(content: dict[str, Any]) -> None:
+    """Print the test taus."""
+    rows = [["the SFT drafter", "", "0", "0", "", plain(content["start"]), "", ""]]
+    rows += [
+        [
+            ARMS[found["arm"]][0], found["equal"], f"{found['steps']:.0f}", f"{found['tflop']:.1f}",
+            by_seed(found["tau_by_seed"]), plain(found["tau"]), percent(found["over_start"]),
+            percent(found["over_control"]),
+        ]
+        for found in content["rows"]
+    ]  # fmt: skip
+    markdown("arm|equal|steps:|TFLOP:|tau by seed|tau [95 %]:|over the start:|over continued SFT:", rows)
 
 
 if __name__ == "__main__":

@@ -1,15 +1,14 @@
-"""How long one waits: for `--help`, for the import, and from the command to the first optimizer step of a run.
+"""Waiting times: for `--help`, for the import, and from the command to the first optimizer step of a run.
 
-    python benchmarks/startup.py
+    python -m benchmarks.speed.startup
 
-Every command runs in a process of its own, once unmeasured and then several times; medians count. When validation,
-rollout and the first step ended is read from the run's TensorBoard events. Imports are timed by `-X importtime`: a
-module's own time, summed over each package. Results go to benchmarks/results/startup.json.
+Every command runs in a process of its own, once unmeasured and then several times; medians count. The times at which
+validation, rollout and the first step end are read from the run's TensorBoard events. Imports are timed by
+`-X importtime`: the modules' own times, summed per package. Results go to benchmarks/results/startup.json.
 """
 
 from __future__ import annotations
 
-import argparse
 import re
 import statistics
 import subprocess
@@ -19,31 +18,32 @@ import time
 from collections import Counter
 from pathlib import Path
 
-from machine import keep
-from rich.console import Console
-from rich.table import Table
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "startup.json"
+from benchmarks.common import ROOT, keep, parser, show
+
 COMMANDS = {
     "python train.py --help": ["train.py", "--help"],
     "python eval.py --help": ["eval.py", "--help"],
     "python -c 'import draftopd'": ["-c", "import draftopd"],
 }
-#: One step and no more. The defaults are a user's first run; the other leaves only what must be.
+#: Runs of one step: a user's first run, and the shortest possible one.
 SHORT = ["trainer.max_epochs=1", "data.batches_per_epoch=1", "trainer.log_every_n_steps=1"]
 RUNS = {
     "as shipped": [],
     "16 prompts, unvalidated": ["validate_first=false", "data.prompts_per_refresh=16", "data.validation_count=16"],
 }
-#: The last thing logged of each stretch of a run.
+#: By section of a run, the last thing that it logs.
 MARKS = {"start and validation": "val/tau", "rollout": "rollout/tokens", "first step": "train/loss"}
 IMPORTS = {"train.py --help": COMMANDS["python train.py --help"], "a run": ["-c", "import draftopd.cli.training"]}
 
 
 def timed(command: list[str]) -> float:
-    """Seconds of a command that must succeed."""
+    """Seconds that a command takes.
+
+    Raises:
+        SystemExit: with the end of its messages, if it fails.
+    """
     began = time.perf_counter()
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -52,19 +52,19 @@ def timed(command: list[str]) -> float:
 
 
 def first_step(overrides: list[str]) -> dict[str, float]:
-    """Seconds from the command to each of :data:`MARKS`; those a run does not log are left out."""
+    """Seconds from the command to each of :data:`MARKS`, without those that a run does not log."""
     with tempfile.TemporaryDirectory() as directory:
         began = time.time()
         timed(["train.py", *SHORT, *overrides, f"hydra.run.dir={directory}"])
         events = EventAccumulator(str(next(Path(directory).rglob("events.out.tfevents.*")).parent))
         events.Reload()
         firsts = {name: events.Scalars(tag)[0].wall_time - began for name, tag in MARKS.items()}
-    # Without validation at the start the first value of tau is that after the step.
+    # Without validation at the start, the first value of tau comes after the step.
     return {name: seconds for name, seconds in firsts.items() if seconds <= firsts["first step"]}
 
 
 def heaviest(command: list[str], count: int = 5) -> dict[str, float]:
-    """The packages whose modules take longest to import, in seconds of their own."""
+    """Seconds of all imports, and of the packages whose own modules take longest."""
     done = subprocess.run(
         [sys.executable, "-X", "importtime", *command], cwd=ROOT, capture_output=True, text=True, check=True
     )
@@ -75,33 +75,29 @@ def heaviest(command: list[str], count: int = 5) -> dict[str, float]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="of each command")
-    parser.add_argument("--runs", type=int, default=3, help="of each training run")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+    made = parser(__doc__, "startup.json")
+    made.add_argument("--rounds", type=int, default=5, help="of each command")
+    made.add_argument("--runs", type=int, default=3, help="of each training run")
+    options = made.parse_args()
+    lines: list[tuple[str, ...]] = []
 
-    table = Table(title="Seconds from the command, median and range", title_justify="left")
-    for heading in ("command", "until", "seconds", "range"):
-        table.add_column(heading, justify="right" if heading in ("seconds", "range") else "left")
-
-    def row(command: str, until: str, found: list[float]) -> None:
-        table.add_row(command, until, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}")
+    def line(command: str, until: str, found: list[float]) -> None:
+        lines.append((command, until, f"{statistics.median(found):.2f}", f"{min(found):.2f} to {max(found):.2f}"))
 
     commands: dict[str, list[float]] = {}
     for name, command in COMMANDS.items():
         timed(command)
         commands[name] = [timed(command) for _ in range(options.rounds)]
-        row(name, "its end", commands[name])
+        line(name, "its end", commands[name])
     runs = {name: [first_step(overrides) for _ in range(options.runs)] for name, overrides in RUNS.items()}
     for name, found in runs.items():
         for mark in found[0]:
-            row(f"python train.py ({name})", mark, [times[mark] for times in found])
+            line(f"python train.py ({name})", mark, [times[mark] for times in found])
     imports = {}
     for name, command in IMPORTS.items():
         heaviest(command)
         imports[name] = heaviest(command)
-    Console().print(table)
+    show("Seconds from the command, median and range", ("command", "until", "seconds", "range"), lines)
     for name, packages in imports.items():
         every, *top = packages.items()
         print(f"imports of {name}, {every[1]:.2f} s:", ", ".join(f"{p} {seconds:.2f}" for p, seconds in top))
@@ -111,7 +107,7 @@ def main() -> None:
         "runs": runs,
         "imports": imports,
     }
-    keep(options, content)
+    keep(options.results, options, content)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The decoding step with a fixed number of proposals accepted every time; a part of `gpu.py`."""
+"""The time of a decoding step with a fixed number of accepted proposals; a part of :mod:`benchmarks.speed.gpu`."""
 
 from __future__ import annotations
 
@@ -7,21 +7,21 @@ import time
 from typing import Any
 
 import torch
-from machine import fresh_peak, held, wait
 from torch import Tensor
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.speed.device import fresh_peak, held, wait
 from draftopd.decoding.generate import Decoder
 from draftopd.drafters.base import Chooser, Draft
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target
 
-#: Of 15 proposals, how many the target accepts in every step of the timed decoding.
+#: How many proposals the target accepts in every timed step.
 FORCED = 4
 
 
 class ForcedDrafter(DFlashDrafter):
-    """Drafts in earnest, then proposes what a :func:`counting_target` accepts :data:`FORCED` tokens of."""
+    """Drafts as usual, then proposes tokens of which a :func:`counting_target` accepts the first :data:`FORCED`."""
 
     shift: int
 
@@ -32,14 +32,14 @@ class ForcedDrafter(DFlashDrafter):
         slots = torch.arange(1, self.block_size, device=anchors.device)
         wrong = (slots > FORCED).long()
         tokens = (anchor_tokens[:, None] + self.shift * slots + wrong) % target.vocab_size
-        # Depends on what was drafted, so that compiling cannot leave the drafting out.
+        # The result depends on what was drafted, so that the compiler cannot leave the drafting out.
         return Draft(drafted.hidden, torch.where(drafted.tokens < 0, drafted.tokens, tokens[:, None]))
 
 
 def counting_target(shape: dict[str, Any], positions: int, device: str, dtype: torch.dtype) -> tuple[Target, int]:
-    """A random target whose best next token is the last one plus a shift, by a margin no rounding closes; the shift.
+    """A random target whose best next token is the last token plus a shift, by a wide margin; and the shift.
 
-    Its embeddings are large beside what its layers add, and its head's rows are the embeddings', moved by the shift.
+    Its embeddings are much larger than what its layers add, and its head has the embeddings' rows, moved by the shift.
     """
     config = Qwen3Config(
         vocab_size=shape["vocabulary"], hidden_size=shape["hidden"], num_hidden_layers=shape["target_layers"],
@@ -56,7 +56,7 @@ def counting_target(shape: dict[str, Any], positions: int, device: str, dtype: t
 
 
 def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[str, Any]:
-    """Milliseconds a decoding step by kind and batch size: of many steps less those of few, by the difference."""
+    """Milliseconds per decoding step by kind and batch size: the difference between many steps and few, per step."""
     torch.manual_seed(0)
     counts = (sizes["first"], sizes["first"] + sizes["steps"])
     limits = {speed: [1 + speed * n for n in counts] for speed in (1, FORCED + 1)}
@@ -66,7 +66,7 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
         forced = ForcedDrafter.for_target(target, sizes["layers"], sizes["block"], shape["vocabulary"] - 1).eval()
     forced.shift = shift
     found: dict[str, Any] = {}
-    # The drafter's weights are in float32, as they are trained; the last row says what bfloat16 would change.
+    # The drafter's weights are in float32, as in training; the last kind shows what bfloat16 would change.
     kinds = [("plain", None, torch.float32), ("drafted", forced, torch.float32)]
     if device == "cuda":
         kinds.append(("drafted, bfloat16", forced, torch.bfloat16))
@@ -76,7 +76,7 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
         for batch in sizes["batches"]:
             prompts = [[(7 * row + i) % shape["vocabulary"] for i in range(sizes["prompt"])] for row in range(batch)]
             texts = []
-            # A CPU compiles for minutes; `decoding.py` measures that.
+            # A CPU compiles for minutes; `decoding.py` measures compiled decoding there.
             for compiled in (False, True) if device == "cuda" else (False,):
                 torch._dynamo.utils.counters.clear()
                 times: dict[int, list[float]] = {count: [] for count in counts}

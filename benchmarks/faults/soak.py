@@ -1,39 +1,34 @@
-"""Trains in one process for a long time and watches what must not grow: memory, open files, the time of a step.
+"""One long training run, watched for what must not grow: memory, open files, the time of a step.
 
-    python benchmarks/soak.py --minutes 60      # ends with status 1 if a limit is exceeded
-    python benchmarks/soak.py --figure-only     # draws the kept results again
+    python -m benchmarks.faults.soak --minutes 60   # ends with status 1 if a limit is exceeded
+    python -m benchmarks.faults.soak --only-draw    # the figure from the results kept
 
-It is the command `train.py` on the bundled pair, with short epochs: each has a rollout, steps with a checkpoint each,
-and a validation. Another process reads the kernel's figures of it (/proc, so Linux only) every few seconds and ends it
-with SIGTERM. The first sixth of the run, at most ten minutes, is warm-up. Growth of memory (resident set) and of open
-files and threads is that of the median from the first to the last quarter of what follows. The resident set holds what
-the allocator keeps for later and swings with the length of texts, so the bytes that are in use are asked of it too
-(glibc's ``mallinfo2``), after each rollout and a collection of garbage.
+The run is `train.py` on the bundled pair with short epochs. Each epoch has a rollout, steps with a checkpoint each, and
+a validation. Another process reads the kernel's figures of the run (/proc, so Linux only) every few seconds, and ends
+the run with SIGTERM. The first sixth of the run, at most ten minutes, is warm-up. Growth of memory (resident set), open
+files and threads is measured from the median of the first quarter after the warm-up to that of the last. The resident
+set includes memory that the allocator keeps for later, and it varies with the length of texts. So the bytes in use
+(glibc's ``mallinfo2``) are read too, after each rollout and a garbage collection.
 
-Steps differ in work, and a machine shared with others in pace. So the drift is the slope over time in a least-squares
-fit of the logarithm of a step's processor time, beside the logarithms of the batch's places, of its anchors, and of the
-time of a small fixed computation done just before the step. The interval is a bootstrap over epochs. The limit of the
-drift is exceeded if what it comes to over the time measured is above it, and the interval above 0. Results go to
-benchmarks/results/soak.json, the figure to docs/figures/soak.png.
+Steps differ in work, and other programs slow a shared machine down. So the drift is the slope over time in a
+least-squares fit of the logarithm of a step's processor time. The other terms of the fit are the logarithms of the
+batch's positions, of its anchors, and of the time of a small fixed computation just before the step. The interval is a
+bootstrap over epochs. The limit is exceeded if the drift over the time measured is above it and the interval is above
+0. Results go to benchmarks/results/soak.json, the figure to docs/figures/soak.png.
 """
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
-import importlib
 import json
 import math
 import os
 import signal
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
 from contextlib import suppress
 from itertools import pairwise
 from pathlib import Path
@@ -41,18 +36,20 @@ from typing import Any
 
 import numpy as np
 import torch
-from machine import keep
+from matplotlib.figure import Figure
 
-ROOT = Path(__file__).parents[1]
-RESULTS = Path(__file__).parent / "results" / "soak.json"
+from benchmarks.common import ROOT, keep, parser, read
+from benchmarks.faults import traced
+from benchmarks.faults.traced import Trace
+
 FIGURE = ROOT / "docs" / "figures" / "soak.png"
-#: The learning rate stays at its peak: there is no end to plan its fall by.
+#: The learning rate stays at its peak, because the run has no planned end.
 SHORT = (
     "data.prompts_per_refresh=32", "data.batch_size=8", "data.batches_per_epoch=12", "data.validation_count=16",
     "max_new_tokens=192", "trainer.max_epochs=1000000", "module.warmup=0", "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
 )  # fmt: skip
-#: What is counted: calls of these.
+#: By what is counted: the method whose calls are counted.
 COUNTED = {
     "refreshes": "draftopd.training.refresh:RefreshAnchors.refresh",
     "validations": "draftopd.training.module:DraftModule.on_validation_epoch_end",
@@ -65,9 +62,9 @@ POINTS = 120
 
 
 class _MallInfo(ctypes.Structure):
-    """What glibc's ``mallinfo2`` gives: ten sizes."""
+    """The ten sizes that glibc's ``mallinfo2`` returns."""
 
-    _fields_ = tuple((f"field_{place}", ctypes.c_size_t) for place in range(10))
+    _fields_ = tuple((f"field_{number}", ctypes.c_size_t) for number in range(10))
 
 
 def in_use() -> float:
@@ -83,54 +80,34 @@ def in_use() -> float:
     return (found.field_7 + found.field_4) / 2**20
 
 
-def child(trace: Path, overrides: list[str]) -> None:
-    """``train.py`` that writes a line for each step and for each thing counted."""
-    from draftopd.training.refresh import RefreshAnchors
-
-    out = os.open(trace, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-
-    def tell(*words: object) -> None:
-        os.write(out, (" ".join(map(str, words)) + "\n").encode())
-
-    def told(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def call(*args: Any, **kwargs: Any) -> Any:
-            result = function(*args, **kwargs)
-            tell(name, *([time.time(), in_use()] if name == "refreshes" else []))
-            return result
-
-        return call
-
-    for name, place in COUNTED.items():
-        module, _, path = place.partition(":")
-        owner, _, method = path.partition(".")
-        kind = getattr(importlib.import_module(module), owner)
-        setattr(kind, method, told(name, getattr(kind, method)))
+def watch(trace: Trace) -> None:
+    """Tell of each step and of each thing counted, and what is in use after a refresh."""
+    for name, method in COUNTED.items():
+        trace.watch(
+            method,
+            after=lambda *_, name=name: trace.tell(name, *([time.time(), in_use()] if name == "refreshes" else [])),
+        )
     fixed, began = torch.randn(192, 192), [0.0, 0.0, 0.0]
 
-    def on_train_batch_start(self: RefreshAnchors, trainer: Any, module: Any, *batch: Any) -> None:
+    def before_batch(*_: Any) -> None:
         start = time.process_time()
         for _ in range(30):
             fixed @ fixed
             sum(range(2000))
         began[:] = time.process_time() - start, time.perf_counter(), time.process_time()
 
-    def on_train_batch_end(self: RefreshAnchors, trainer: Any, module: Any, outputs: Any, batch: Any, _: int) -> None:
-        # Before the callbacks that write checkpoints, which Lightning puts last.
+    def after_batch(_: Any, trainer: Any, module: Any, outputs: Any, batch: Any, number: int) -> None:
         pace, wall, cpu = began[0], time.perf_counter() - began[1], time.process_time() - began[2]
-        tell(
-            "step", time.time(), trainer.current_epoch, wall, cpu, pace, batch.ids.numel(), int(batch.anchor_mask.sum())
-        )
+        size, anchors = batch.ids.numel(), int(batch.anchor_mask.sum())
+        trace.tell("step", time.time(), trainer.current_epoch, wall, cpu, pace, size, anchors)
 
-    RefreshAnchors.on_train_batch_start = on_train_batch_start  # type: ignore[method-assign]
-    RefreshAnchors.on_train_batch_end = on_train_batch_end  # type: ignore[method-assign]
-    sys.path.insert(0, str(ROOT))
-    sys.argv = [str(ROOT / "train.py"), *overrides]
-    import train
-
-    train.main()
+    # Lightning calls this callback before those that write checkpoints.
+    callback = "draftopd.training.refresh:RefreshAnchors"
+    trace.watch(f"{callback}.on_train_batch_start", after=before_batch)
+    trace.watch(f"{callback}.on_train_batch_end", before=after_batch)
 
 
-def watch(process: int, directory: Path) -> tuple[float, ...]:
+def look(process: int, directory: Path) -> tuple[float, ...]:
     """A process's figures, in the order of :data:`WATCHED`."""
     proc = Path("/proc") / str(process)
     rollup = dict(line.split(":") for line in (proc / "smaps_rollup").read_text().splitlines()[1:])
@@ -146,36 +123,32 @@ def watch(process: int, directory: Path) -> tuple[float, ...]:
 
 
 def soak(minutes: float, every: float, runs: Path) -> tuple[np.ndarray, np.ndarray, np.ndarray, Counter[str]]:
-    """Train so long.
+    """Train for this many minutes, and look at the run every ``every`` seconds.
 
     Returns:
         samples: [samples, 1 + watched], seconds since the start first.
         steps: [steps, 7], seconds since the start, epoch, wall and processor seconds, those of the fixed
-            computation, the batch's places and anchors.
+            computation, the batch's positions and anchors.
         held: [refreshes, 2], seconds since the start and MiB in use after each.
-        counts: how often each thing of :data:`COUNTED` was done.
+        counts: number of calls of each of :data:`COUNTED`.
     """
     directory, trace = runs / "run", runs / "trace"
-    command = [sys.executable, __file__, "--child", str(trace), *SHORT, f"hydra.run.dir={directory}"]
-    trace.unlink(missing_ok=True)
     samples, zero, began = [], time.time(), time.monotonic()
     with (runs / "log").open("w") as log:
-        process = subprocess.Popen(
-            command, stdout=log, stderr=subprocess.STDOUT, env=os.environ | {"HF_HUB_OFFLINE": "1"}
-        )
+        process = traced.start("benchmarks.faults.soak", trace, [*SHORT, f"hydra.run.dir={directory}"], log)
         try:
             while process.poll() is None and time.monotonic() - began < 60 * minutes:
                 time.sleep(every)
-                # Once the first validation is over, until it ends by itself, which is an error.
-                if trace.exists() and process.poll() is None:
+                # From the end of the first validation on.
+                if traced.events(trace) and process.poll() is None:
                     with suppress(ProcessLookupError):
-                        samples.append((time.time() - zero, *watch(process.pid, directory)))
+                        samples.append((time.time() - zero, *look(process.pid, directory)))
         finally:
             process.send_signal(signal.SIGTERM)
             status = process.wait(timeout=300)
     if status != 128 + signal.SIGTERM:
         raise SystemExit(f"The run ended with status {status}:\n{(runs / 'log').read_text()[-3000:]}")
-    events = [line.split() for line in trace.read_text().splitlines()]
+    events = traced.events(trace)
     steps = np.array([[float(word) for word in event[1:]] for event in events if event[0] == "step"])
     held = np.array([[float(word) for word in event[1:]] for event in events if event[0] == "refreshes"])
     steps[:, 0] -= zero
@@ -191,7 +164,7 @@ def growth(values: np.ndarray) -> float:
 
 
 def drift(steps: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, float]:
-    """Percent an hour that a step of the same work takes more processor time, with a 95 % interval."""
+    """Percent per hour by which the processor time of a step of the same work grows, with a 95 % interval."""
     hours, epochs = steps[:, 0] / 3600, steps[:, 1]
     design = np.column_stack([np.ones(len(steps)), hours - hours.mean(), np.log(steps[:, 4:])])
     design[:, 2:] -= design[:, 2:].mean(0)
@@ -201,7 +174,7 @@ def drift(steps: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, floa
     products = np.stack([design[g].T @ taken[g] for g in groups])
     dice = np.random.default_rng(seed)
     counts = dice.multinomial(len(groups), np.full(len(groups), 1 / len(groups)), size=draws)
-    counts = np.vstack([np.ones(len(groups), dtype=int), counts])  # first all as they are
+    counts = np.vstack([np.ones(len(groups), dtype=int), counts])  # the first row is the whole data
     a, b = np.tensordot(counts, squares, 1), counts @ products
     slopes = 100 * np.expm1((np.linalg.pinv(a, hermitian=True) @ b[..., None])[:, 1, 0])
     low, high = np.percentile(slopes[1:], [2.5, 97.5])
@@ -209,7 +182,7 @@ def drift(steps: np.ndarray, draws: int = 2000, seed: int = 0) -> dict[str, floa
 
 
 def curve(samples: np.ndarray, steps: np.ndarray) -> dict[str, list[float]]:
-    """Medians over stretches of equal time; stretches without a sample or a step are left out."""
+    """Medians over spans of equal time; spans without a sample or a step are left out."""
     edges = np.linspace(0, samples[-1, 0], min(POINTS, len(samples)) + 1)
     rows = []
     for start, end in pairwise(edges):
@@ -224,7 +197,7 @@ def curve(samples: np.ndarray, steps: np.ndarray) -> dict[str, list[float]]:
 def judge(
     samples: np.ndarray, steps: np.ndarray, held: np.ndarray, minutes: float, limit: float
 ) -> tuple[dict[str, Any], list[str]]:
-    """The figures after warm-up, and which limits they exceed."""
+    """The figures after warm-up, and the limits that they exceed."""
     warm = 60 * min(10.0, minutes / 6)
     watched, taken = samples[samples[:, 0] > warm], steps[steps[:, 0] > warm]
     if len(watched) < 8 or len(np.unique(taken[:, 1])) < 3:
@@ -248,8 +221,7 @@ def judge(
 
 
 def draw(content: dict[str, Any], path: Path) -> None:
-    import matplotlib.pyplot as plt
-
+    """Draw the figures over time."""
     points, warm = content["curve"], content["figures"]["warm_up_minutes"]
     panels = {
         "memory (MiB)": {"resident": "rss_mb", "private": "uss_mb"},
@@ -257,7 +229,8 @@ def draw(content: dict[str, Any], path: Path) -> None:
         "training step (ms)": {"wall": "step_wall_ms", "processor": "step_cpu_ms"},
         "run directory (MiB)": {"size": "directory_mb"},
     }
-    figure, axes = plt.subplots(2, 2, figsize=(10, 5.6), sharex=True, layout="constrained")
+    figure = Figure(figsize=(10, 5.6), layout="constrained")
+    axes = figure.subplots(2, 2, sharex=True)
     for axis, (label, lines) in zip(axes.flat, panels.items(), strict=True):
         for name, key in lines.items():
             axis.plot(points["minute"], points[key], label=name, linewidth=1.2)
@@ -274,31 +247,26 @@ def draw(content: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    if sys.argv[1:2] == ["--child"]:
-        child(Path(sys.argv[2]), sys.argv[3:])
-        return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--every", type=float, default=5, help="seconds between two looks at the process")
-    parser.add_argument("--limit", type=float, default=2, help="percent: of growth and of drift")
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    parser.add_argument("--figure", type=Path, default=FIGURE)
-    parser.add_argument("--runs", type=Path, help="where to keep the run and its trace; default: nowhere")
-    parser.add_argument("--figure-only", action="store_true")
-    options = parser.parse_args()
-    if options.figure_only:
-        draw(json.loads(options.results.read_text()), options.figure)
+    made = parser(__doc__, "soak.json")
+    made.add_argument("--minutes", type=float, default=60)
+    made.add_argument("--every", type=float, default=5, help="seconds between two looks at the process")
+    made.add_argument("--limit", type=float, default=2, help="maximum growth and drift in percent")
+    made.add_argument("--figure", type=Path, default=FIGURE)
+    made.add_argument("--runs", type=Path, help="directory that keeps the run and its trace; default: none")
+    made.add_argument("--only-draw", action="store_true", help="the figure from the results kept")
+    options = made.parse_args()
+    if options.only_draw:
+        draw(read(options.results), options.figure)
         return
     with tempfile.TemporaryDirectory() as folder:
-        runs = options.runs or Path(folder)
+        runs = (options.runs or Path(folder)).resolve()
         runs.mkdir(parents=True, exist_ok=True)
         samples, steps, held, counts = soak(options.minutes, options.every, runs)
     figures, exceeded = judge(samples, steps, held, options.minutes, options.limit)
     content = {
         "steps": len(steps), **counts, "figures": figures, "exceeded": exceeded, "curve": curve(samples, steps)
     }  # fmt: skip
-    options.results.parent.mkdir(parents=True, exist_ok=True)
-    keep(options, content)
+    keep(options.results, options, content)
     draw(content, options.figure)
     print(f"{len(steps)} steps, " + ", ".join(f"{n} {name}" for name, n in counts.items()))
     print(json.dumps(figures, indent=2))

@@ -1,16 +1,17 @@
-"""A training step's time and memory: by part, beside its arithmetic, and beside public DFlash training code.
+"""A training step's time and memory: by part, compared with its arithmetic and with public DFlash training code.
 
-    python benchmarks/training.py                                       # one shape
-    python benchmarks/training.py --lengths 512 2048 8192 --anchors 32 256 --vocabularies 1000 32000 151936
-    python benchmarks/training.py --peer specforge PYTHON CHECKOUT --peer speculators PYTHON -
-    python benchmarks/training.py --peer specforge,--chunk-blocks=0 PYTHON CHECKOUT     # with options of its own
+    python -m benchmarks.speed.training                                  # one shape
+    python -m benchmarks.speed.training --lengths 512 2048 8192 --anchors 32 256 --vocabularies 1000 32000 151936
+    python -m benchmarks.speed.training --peer specforge PYTHON CHECKOUT --peer speculators PYTHON -
+    python -m benchmarks.speed.training --peer specforge,--chunk-blocks=0 PYTHON CHECKOUT     # with options of its own
 
-The core step is what a DFlash trainer does once the target's features are there: draft at random anchors, cross
-entropy on the text's tokens, backward. Peers run theirs on the same shapes in processes of their own, in turns with
-ours (see `training_peer.py`, which says what their steps hold). With `--target-layers N` a random Qwen3 target of N
-layers reads the text first, and its time stands beside the others; `--loss asymmetric_kl` then lets it score the
-proposals too, as Draft-OPD does. The floor is the matrix multiplications' operations by the rate that this machine
-reaches in a large one. Results go to a JSON file. `gpu.py` runs this with the shapes of real targets.
+The core step is what a DFlash trainer does once the target's features are there: draft at random anchors, compute cross
+entropy on the text's tokens, and go backward. Peers run their own step on the same shapes, in processes of their own
+that take turns with ours; `training_peer.py` says what their steps contain. With `--target-layers N` a random Qwen3
+target of N layers reads the text first, and its time is reported too; `--loss asymmetric_kl` then lets it score the
+proposals as well, as Draft-OPD does. The floor is the number of operations in matrix multiplications divided by the
+rate that this machine reaches in a large one. Results go to benchmarks/results/training.json. `gpu.py` runs this with
+the shapes of real targets.
 """
 
 from __future__ import annotations
@@ -18,7 +19,6 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -27,28 +27,34 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from machine import fresh_peak, held, keep, multiplication_rate
 from transformers import AutoModelForCausalLM, Qwen3Config
 
+from benchmarks.common import case, keep, parser
+from benchmarks.speed.device import fresh_peak, held, multiplication_rate
 from draftopd.decoding.sampling import Sampling
 from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
-from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
+from draftopd.losses.distilled import Distilled
+from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.replay import replay
 from draftopd.targets.target import Target
 from draftopd.training.stopwatch import Stopwatch
 
-RESULTS = Path(__file__).parent / "results" / "training.json"
+#: Options of the shape that peers share.
 SHAPE = ("hidden", "layers", "heads", "kv_heads", "head_dim", "intermediate", "block", "batch", "taps", "rounds")
 
 
-LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": AsymmetricKL}
+def paper_loss() -> Loss:
+    return Distilled(accepted=forward_kl, rejected=reverse_kl, gamma=0.8, accepted_gamma=1.0, normalization="stream")
+
+
+LOSSES = {"cross_entropy": lambda: CrossEntropy(gamma=7.0), "asymmetric_kl": paper_loss}
 
 
 class Parts(Stopwatch):
-    """The target's two passes apart: reading the text, then scoring the proposals."""
+    """Times the target's two passes separately: reading the text, and scoring the proposals."""
 
     @contextmanager
     def __call__(self, section: str) -> Iterator[None]:
@@ -57,7 +63,7 @@ class Parts(Stopwatch):
 
 
 class GivenFeatures(Target):
-    """A target whose features are given, so that only the drafter's side is timed."""
+    """A target with given features, so that only the drafter's side is timed."""
 
     features: torch.Tensor
 
@@ -66,6 +72,7 @@ class GivenFeatures(Target):
 
 
 def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBatch]:
+    """A random target and drafter of the shape, and one batch of random tokens and anchors."""
     torch.manual_seed(0)
     common = {
         "vocab_size": options.vocabulary, "hidden_size": options.hidden, "intermediate_size": options.intermediate,
@@ -96,7 +103,7 @@ def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBat
 
 
 def taps_of(options: argparse.Namespace) -> tuple[int, ...]:
-    """The lowest layers where the features are given or the target is shallow, else as the DFlash release taps."""
+    """The DFlash release's choice of layers; the lowest layers if the target is shallow or its features are given."""
     deep = options.target_layers > options.taps + 2
     return default_target_layers(options.taps, options.target_layers) if deep else tuple(range(options.taps))
 
@@ -144,90 +151,86 @@ def measure(options: argparse.Namespace) -> dict[str, object]:
 
 
 def operations(options: argparse.Namespace) -> float:
-    """Multiplications and additions of the step's matrices; the scores of attention left out."""
+    """Multiplications and additions of the step's matrices, without the scores of attention."""
     h, width, kv = options.hidden, options.heads * options.head_dim, options.kv_heads * options.head_dim
     tokens, slots = options.batch * options.length, options.batch * options.anchors * options.block
     layer = 2 * h * (width + 2 * kv) + 2 * width * h + 6 * h * options.intermediate
     context = 2 * len(taps_of(options)) * h * h + options.layers * 2 * h * 2 * kv
     head = 2 * h * options.vocabulary * (slots - options.batch * options.anchors)
-    # Forward, and backward for states and weights; the frozen head has none for its weights.
+    # Forward, and backward for states and weights; the frozen head has no gradient of its weights.
     drafter = 3 * (tokens * context + slots * options.layers * layer) + 2 * head
     if options.loss == "cross_entropy":
-        # Nothing above the last tapped layer is read.
+        # The target stops after the last tapped layer.
         return drafter + bool(options.target_layers) * tokens * (taps_of(options)[-1] + 1) * layer
-    # The text read and the blocks scored; the head once for the proposals, for verifying them and for the teacher.
+    # The target reads the text and scores the blocks; its head is used for proposing, verifying and the loss.
     return drafter + (tokens + slots) * options.target_layers * layer + 3 * head
-
-
-def run(command: list[str]) -> dict[str, float]:
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode:
-        raise SystemExit(f"{' '.join(command)} failed:\n{done.stderr[-2000:]}")
-    return json.loads(done.stdout.splitlines()[-1])
 
 
 def shape_of(options: argparse.Namespace) -> list[str]:
     return [text for name in SHAPE for text in (f"--{name.replace('_', '-')}", str(getattr(options, name)))]
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse() -> argparse.Namespace:
+    made = parser(__doc__, "training.json")
     defaults = (1024, 2, 8, 4, 128, 3072, 16, 1, 2, 3)
     for name, value in zip(SHAPE, defaults, strict=True):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
-    parser.add_argument("--lengths", type=int, nargs="+", default=[1024])
-    parser.add_argument("--anchors", type=int, nargs="+", default=[64], help="for each sequence")
-    parser.add_argument("--vocabularies", type=int, nargs="+", default=[32000])
-    parser.add_argument("--cases", nargs="+", metavar="LENGTH,ANCHORS,VOCABULARY", help="instead of all combinations")
-    parser.add_argument("--target-layers", type=int, default=0)
-    parser.add_argument("--loss", choices=LOSSES, default="cross_entropy")
-    parser.add_argument("--tied", action="store_true", help="the target's head is its embedding")
-    parser.add_argument("--autocast", action="store_true", help="bfloat16 where trainer.precision=bf16-mixed has it")
-    parser.add_argument("--turns", type=int, default=1, help="of ours and of the peers'; the median counts")
-    parser.add_argument("--device", default="cpu")
-    parser.add_argument("--dtype", default="float32", help="the target's; the drafter's is float32")
-    parser.add_argument("--peer", nargs=3, action="append", default=[], metavar=("NAME", "PYTHON", "CHECKOUT"))
-    parser.add_argument("--optimizer", action="store_true", help="time clipping and AdamW's step too")
-    parser.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
-    parser.add_argument("--results", type=Path, default=RESULTS)
-    options = parser.parse_args()
+        made.add_argument(f"--{name.replace('_', '-')}", type=int, default=value)
+    made.add_argument("--lengths", type=int, nargs="+", default=[1024])
+    made.add_argument("--anchors", type=int, nargs="+", default=[64], help="per sequence")
+    made.add_argument("--vocabularies", type=int, nargs="+", default=[32000])
+    made.add_argument("--cases", nargs="+", metavar="LENGTH,ANCHORS,VOCABULARY", help="instead of all combinations")
+    made.add_argument("--target-layers", type=int, default=0)
+    made.add_argument("--loss", choices=LOSSES, default="cross_entropy")
+    made.add_argument("--tied", action="store_true", help="the target's head is its embedding")
+    made.add_argument("--autocast", action="store_true", help="bfloat16 where trainer.precision=bf16-mixed uses it")
+    made.add_argument("--turns", type=int, default=1, help="of ours and of the peers'; the median counts")
+    made.add_argument("--device", default="cpu")
+    made.add_argument("--dtype", default="float32", help="the target's; the drafter's is float32")
+    made.add_argument("--peer", nargs=3, action="append", default=[], metavar=("NAME", "PYTHON", "CHECKOUT"))
+    made.add_argument("--optimizer", action="store_true", help="time gradient clipping and AdamW's step too")
+    made.add_argument("--case", type=int, nargs=3, help=argparse.SUPPRESS)
+    options = made.parse_args()
     if options.loss != "cross_entropy" and not options.target_layers:
-        parser.error(f"--loss {options.loss} asks the target: give --target-layers too.")
+        made.error(f"--loss {options.loss} needs a target: give --target-layers too.")
+    return options
+
+
+def compare(length: int, anchors: int, vocabulary: int, options: argparse.Namespace) -> dict[str, object]:
+    """One row: ours and the peers', in turns."""
+    texts = [str(length), str(anchors), str(vocabulary)]
+    ours = [sys.executable, "-m", "benchmarks.speed.training", *sys.argv[1:], "--case", *texts]
+    shape = [*shape_of(options), "--length", texts[0], "--anchors", texts[1], "--vocab", texts[2]]
+    peer = str(Path(__file__).with_name("training_peer.py"))
+    commands = {"draftopd": ours}
+    for name, python, where in options.peer:
+        kind, *own = name.split(",")
+        commands[name] = [python, peer, kind, where, *shape, *own]
+    turns = [{name: case(command) for name, command in commands.items()} for _ in range(options.turns)]
+    seconds, memory = (
+        {name: statistics.median(turn[name][what] for turn in turns) for name in commands}
+        for what in ("seconds", "peak_mib")
+    )
+    floor = statistics.median(turn["draftopd"]["floor_seconds"] for turn in turns)
+    print(f"{length} tokens, {anchors} anchors, vocabulary {vocabulary}: floor {floor:.2f} s")
+    for name, taken in seconds.items():
+        print(f"  {name:12} {taken:7.2f} s {memory[name]:7.0f} MiB   ours x{taken / seconds['draftopd']:.2f} as fast")
+    print("  ", {name: round(value, 3) for name, value in turns[-1]["draftopd"]["parts"].items()}, flush=True)
+    return {
+        "length": length, "anchors": anchors, "vocabulary": vocabulary, "turns": turns, "seconds": seconds,
+        "peak_mib": memory, "floor_share": floor / seconds["draftopd"],
+    }  # fmt: skip
+
+
+def main() -> None:
+    options = parse()
     if options.case:
         options.length, options.anchors, options.vocabulary = options.case
         print(json.dumps(measure(options)))
         return
-    cases = []
-    chosen = product(options.lengths, options.anchors, options.vocabularies)
+    shapes = list(product(options.lengths, options.anchors, options.vocabularies))
     if options.cases:
-        chosen = [tuple(map(int, case.split(","))) for case in options.cases]
-    for case in chosen:
-        length, anchors, vocabulary = map(str, case)
-        ours = [sys.executable, __file__, *sys.argv[1:], "--case", length, anchors, vocabulary]
-        shape = [*shape_of(options), "--length", length, "--anchors", anchors, "--vocab", vocabulary]
-        peer = str(Path(__file__).with_name("training_peer.py"))
-        commands = {"draftopd": ours}
-        for name, python, where in options.peer:
-            kind, *own = name.split(",")
-            commands[name] = [python, peer, kind, where, *shape, *own]
-        turns = [{name: run(command) for name, command in commands.items()} for _ in range(options.turns)]
-        row = {"length": case[0], "anchors": case[1], "vocabulary": case[2], "turns": turns}
-        seconds, memory = (
-            {name: statistics.median(turn[name][what] for turn in turns) for name in commands}
-            for what in ("seconds", "peak_mib")
-        )
-        floor = statistics.median(turn["draftopd"]["floor_seconds"] for turn in turns)
-        row |= {"seconds": seconds, "peak_mib": memory, "floor_share": floor / seconds["draftopd"]}
-        cases.append(row)
-        print(f"{length} tokens, {anchors} anchors, vocabulary {vocabulary}: floor {floor:.2f} s")
-        for name in commands:
-            print(
-                f"  {name:12} {seconds[name]:7.2f} s {memory[name]:7.0f} MiB"
-                f"   ours x{seconds[name] / seconds['draftopd']:.2f} as fast"
-            )
-        print("  ", {name: round(value, 3) for name, value in turns[-1]["draftopd"]["parts"].items()}, flush=True)
-    content = {"cases": cases}
-    keep(options, content)
+        shapes = [tuple(map(int, text.split(","))) for text in options.cases]
+    keep(options.results, options, {"rows": [compare(*shape, options) for shape in shapes]})
 
 
 if __name__ == "__main__":

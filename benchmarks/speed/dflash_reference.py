@@ -1,9 +1,9 @@
-"""Decode with the public DFlash model code, for `benchmarks/decoding.py`: run by an interpreter that can import it.
+"""Decode with the public DFlash model code, for `decoding.py`, which runs this with an interpreter that can import it.
 
-    PYTHON benchmarks/dflash_reference.py model.py TARGET DRAFTER prompts.json MAX_NEW_TOKENS
+    PYTHON benchmarks/speed/dflash_reference.py model.py TARGET DRAFTER prompts.json MAX_NEW_TOKENS
 
-Reads prompts as token ids, decodes the first once unmeasured and each once on the clock, and prints texts and seconds
-as JSON.
+It reads prompts as token ids, decodes the first prompt once to warm up and each prompt once timed, and prints texts and
+seconds as JSON.
 """
 
 from __future__ import annotations

@@ -1,0 +1,1 @@
+"""Seconds, tokens per second and bytes."""
