@@ -2,26 +2,12 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
-import hydra
-from omegaconf import DictConfig
-
-from draftopd.cli import app
-
-CONFIGS = Path(__file__).parent / "configs"
+from draftopd.cli.app import run
 
 
-@hydra.main(version_base="1.3", config_path=str(CONFIGS), config_name="train")
-def main(config: DictConfig) -> None:
-    app.guarded(train, config)
-
-
-def train(config: DictConfig) -> None:
-    from draftopd.cli.training import run
-
-    run(config)
+def main() -> None:
+    run("train")
 
 
 if __name__ == "__main__":
-    app.run(main, CONFIGS, "train")
+    main()

@@ -76,7 +76,7 @@ def test_the_api_lists_every_module() -> None:
     modules = [".".join(path.relative_to(source).with_suffix("").parts) for path in source.rglob("*.py")]
     public = [m for m in modules if not m.endswith(("__init__", "__main__")) and ".cli." not in m]
     listed = re.findall(r"^::: (\S+)$", "\n".join(path.read_text() for path in (DOCS / "api").glob("*.md")), re.M)
-    assert sorted(listed) == sorted(set(public) - {"draftopd.cli.plan"})
+    assert sorted(name for name in listed if ".cli." not in name) == sorted(public)
 
 
 def commands(kind: str) -> list[str]:
@@ -92,7 +92,7 @@ INVENTED = ("loss=hellinger", "drafter=slot_heads", "benchmark=sums")
 
 
 @pytest.mark.parametrize(
-    "script, name", [("train.py", "train"), ("eval.py", "eval"), ("python -m draftopd.cli.plan", "train")]
+    "script, name", [("train.py", "train"), ("eval.py", "eval"), ("python -m draftopd plan", "train")]
 )
 def test_commands_compose(script: str, name: str) -> None:
     """Every group, option, key and type of every command is one that the scripts take."""

@@ -11,8 +11,8 @@ from omegaconf import OmegaConf
 from tests.support.paths import ROOT
 from tests.support.refusing import ADVICE, refused
 
-from draftopd.cli.app import _foreseen, _problem
 from draftopd.cli.check import check
+from draftopd.cli.overrides import foreseen, problem
 from draftopd.cli.training import check_values
 from draftopd.drafters.draft_vocabulary import frequent_tokens
 from draftopd.errors import ConfigError, DrafterError
@@ -47,7 +47,7 @@ SERVER = ("trajectories=server", "rollout=decode_free")
 def test_overrides(override: str, message: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.chdir(tmp_path)
     given = [*SERVER, override] if override.lstrip("+").startswith("trajectories") else [override]
-    said = _problem(ROOT / "configs", "train", given) or ""
+    said = problem(ROOT / "configs", "train", given) or ""
     assert message in said and "hunter2" not in said and "\n" not in said
     assert ADVICE.search(said) or "append" in said
     assert not list(tmp_path.iterdir())
@@ -66,7 +66,7 @@ FLAGGED = {
 
 @pytest.mark.parametrize(("arguments", "message"), FLAGGED.values(), ids=FLAGGED)
 def test_beside_flags(arguments: list[str], message: str) -> None:
-    said = _foreseen(ROOT / "configs", "train", arguments) or ""
+    said = foreseen(ROOT / "configs", "train", arguments) or ""
     assert message in said and "hunter2" not in said
 
 
@@ -83,13 +83,13 @@ def test_beside_flags(arguments: list[str], message: str) -> None:
     ids=" ".join,
 )
 def test_nothing_is_wrong_with(arguments: list[str]) -> None:
-    assert _foreseen(ROOT / "configs", "train", arguments) is None
+    assert foreseen(ROOT / "configs", "train", arguments) is None
 
 
 def test_a_key_in_the_environment_is_fine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SERVER_KEY", "hunter2")
     given = [*SERVER, "trajectories.api_key_env=SERVER_KEY", "trajectories.url=http://host:8000/v1/@b"]
-    assert _problem(ROOT / "configs", "train", given) is None
+    assert problem(ROOT / "configs", "train", given) is None
 
 
 NODES: dict[str, tuple[dict[str, Any], str]] = {

@@ -15,26 +15,26 @@ from tests.support.models import small_model
 from tests.support.paths import ROOT
 from tests.support.runs import DRAFTER, SMALL, Script
 
-from draftopd.cli.app import _problem
 from draftopd.cli.nearest import nearest
+from draftopd.cli.overrides import problem
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target
 
 
 def test_a_run_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
-    problem = _problem(ROOT / "configs", "train", [f"hydra.run.dir={tmp_path / 'file' / 'run'}"])
-    assert problem and f"{tmp_path / 'file'} is a file. Choose another directory (hydra.run.dir=DIR)" in problem
+    said = problem(ROOT / "configs", "train", [f"hydra.run.dir={tmp_path / 'file' / 'run'}"])
+    assert said and f"{tmp_path / 'file'} is a file. Choose another directory (hydra.run.dir=DIR)" in said
     monkeypatch.setattr(os, "access", lambda *_: False)  # root may write everywhere
-    problem = _problem(ROOT / "configs", "eval", [f"hydra.run.dir={tmp_path / 'runs' / 'new'}"])
-    assert problem and f"{tmp_path} is read-only for you" in problem
+    said = problem(ROOT / "configs", "eval", [f"hydra.run.dir={tmp_path / 'runs' / 'new'}"])
+    assert said and f"{tmp_path} is read-only for you" in said
 
 
 @pytest.mark.parametrize(
     "override", ["seed=3", "loss=forward_kl", "+trainer.fast_dev_run=true", "loss.gamma=0.5", "~logger"]
 )
 def test_good_overrides_pass(override: str) -> None:
-    assert _problem(ROOT / "configs", "train", [override]) is None
+    assert problem(ROOT / "configs", "train", [override]) is None
 
 
 def test_nearest_lists_what_there_is_where_nothing_is_close() -> None:

@@ -18,8 +18,8 @@ from omegaconf import OmegaConf
 from tests.support.engine import Engine
 from tests.support.serving import serving
 
-from draftopd.cli.app import _problem
 from draftopd.cli.evaluation import name_checkpoints, read_benchmarks, read_settings
+from draftopd.cli.overrides import problem
 from draftopd.errors import ConfigError, DrafterError
 from draftopd.evaluation.settings import Settings
 
@@ -144,7 +144,7 @@ def test_what_is_done_is_not_decoded_again(tmp_path: Path) -> None:
     ],
 )
 def test_overrides_are_checked_first(override: str, message: str) -> None:
-    assert message in (_problem(ROOT / "configs", "eval", [override]) or "")
+    assert message in (problem(ROOT / "configs", "eval", [override]) or "")
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_overrides_are_checked_first(override: str, message: str) -> None:
     ],
 )
 def test_overrides_that_fit(overrides: list[str]) -> None:
-    assert _problem(ROOT / "configs", "eval", overrides) is None
+    assert problem(ROOT / "configs", "eval", overrides) is None
 
 
 @pytest.mark.slow

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -12,10 +10,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.models import DRAFTERS, MakeDrafter
-from tests.support.paths import ROOT
 from tests.support.runs import SMALL, Script
 
-from draftopd.cli.interop import main, read_training_checkpoint
+from draftopd.__main__ import main
+from draftopd.cli.interop import read_training_checkpoint
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -280,9 +278,7 @@ def test_a_running_trainings_checkpoint(
     exported.save(tmp_path / "out")
     first, second = (load_file(d / "model.safetensors") for d in (tmp_path / "out", run / "drafter"))
     assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    command = [sys.executable, "-m", "draftopd.interop", "export", str(run), str(tmp_path / "again")]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False)
-    assert done.returncode == 0, done.stderr
+    main(["export", str(run), str(tmp_path / "again")])
     assert (tmp_path / "again" / "config.json").read_text() == (run / "drafter" / "config.json").read_text()
 
 

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from draftopd.errors import BufferError
 from draftopd.io.files import checksum, read_json, write_json
-from draftopd.rollout.buffer import FORMAT, AnchorBuffer, BufferWriter, Recorded
+from draftopd.rollout.buffer import FORMAT, AnchorBuffer, BufferWriter, Recorded, describe
 
 
 def records(count: int, offset: int = 0) -> list[Recorded]:
@@ -186,10 +186,7 @@ def test_ranks_write_one_generation_together(tmp_path: Path) -> None:
 
 def test_inspection(tmp_path: Path) -> None:
     write(tmp_path)
-    command = [sys.executable, "-m", "draftopd.rollout.buffer"]
-    done = subprocess.run([*command, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False)
-    assert "7 sequences" in done.stdout and "rolled out at step 5" in done.stdout
-    done = subprocess.run(
-        [*command, str(tmp_path / "nothing")], capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 1 and "No anchor buffer" in done.stderr and "Traceback" not in done.stderr
+    said = describe(tmp_path)
+    assert "7 sequences" in said and "rolled out at step 5" in said
+    with pytest.raises(BufferError, match="No anchor buffer"):
+        describe(tmp_path / "nothing")

@@ -1,4 +1,4 @@
-"""Rebuild the bundled target, or make another family's: ``python -m draftopd.bundled.pretrain --out DIR``.
+"""Rebuild the bundled target, or make another family's: ``python -m draftopd pretrain --out DIR``.
 
 A small Qwen3 (``--family llama``: a Llama of the same shape) is pretrained from scratch on the reasoning problems.
 Muon trains the matrices, AdamW embeddings and norms; the rate warms up, stays, and falls linearly to zero over the
@@ -7,7 +7,7 @@ last quarter. The run can be cut off and started again with the same command: it
 
 from __future__ import annotations
 
-import argparse
+import inspect
 import json
 import time
 from pathlib import Path
@@ -38,7 +38,7 @@ speculative decoding; it knows nothing else.
 | held-out problems solved, thinking | {solved_test_thinking:.1%} of 500 (split `test`, greedy, float32) |
 | held-out problems solved, non-thinking | {solved_test_non_thinking:.1%} of 500 |
 
-Rebuild it, measure it and write this card: `python -m draftopd.bundled.pretrain --out DIR{options}`.
+Rebuild it, measure it and write this card: `python -m draftopd pretrain --out DIR{options}`.
 """
 
 #: By ``model_type`` what the card calls them. The first is the bundled target's.
@@ -130,12 +130,14 @@ def solve_rate(
 
 
 def pretrain(
-    out: Path, steps: int, batch: int, rate: float, family: str, options: str = "", check_every: int = 500
+    out: Path, steps: int = 1600, batch: int = 48, rate: float = 3e-3, family: str = "qwen3", check_every: int = 500
 ) -> None:
     """Train, test, and write model and card.
 
     Args:
-        options: what was asked for beside ``--out``, for the card.
+        steps: optimizer steps, of ``batch`` problems each; ``rate`` is the peak learning rate.
+        family: one of :data:`FAMILIES`.
+        check_every: steps between measurements, at which the run can be continued.
     """
     torch.manual_seed(0)
     tokenizer = build_tokenizer()
@@ -196,7 +198,7 @@ def pretrain(
     model = model.float()
     figures: dict[str, Any] = {
         "family": family,
-        "options": options,
+        "options": _options(steps=steps, batch=batch, rate=rate, family=family),
         "parameters": model.num_parameters(),
         "training_tokens": tokens,
         "steps": steps,
@@ -208,6 +210,12 @@ def pretrain(
     print(json.dumps(figures, indent=2))
 
 
+def _options(**chosen: object) -> str:
+    """The command's options that are not the default, for the card."""
+    usual = inspect.signature(pretrain).parameters
+    return "".join(f" --{name} {value}" for name, value in chosen.items() if value != usual[name].default)
+
+
 def write_card(out: Path, figures: dict[str, Any]) -> None:
     """The model card, from the measured figures."""
     family, bundled = figures["family"], next(iter(FAMILIES))
@@ -216,19 +224,3 @@ def write_card(out: Path, figures: dict[str, Any]) -> None:
         "title": "The bundled target" if family == bundled else f"A small {FAMILIES[family]}",
     }
     (out / "README.md").write_text(CARD.format(**figures | named), encoding="utf-8")
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="directory for the model, and for resuming")
-    parser.add_argument("--steps", type=int, default=1600, help="optimizer steps")
-    parser.add_argument("--batch", type=int, default=48, help="problems a step")
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
-    parser.add_argument("--family", choices=FAMILIES, default="qwen3", help="whose layers it has")
-    args = parser.parse_args()
-    other = {k: v for k, v in vars(args).items() if k != "out" and v != parser.get_default(k)}
-    pretrain(**vars(args), options="".join(f" --{name} {value}" for name, value in other.items()))
-
-
-if __name__ == "__main__":
-    main()

@@ -1,19 +1,7 @@
-"""Bring drafters of any kind from one checkpoint format into another.
-
-    python -m draftopd.interop export runs/opd/.../checkpoints/last.ckpt OUT
-    python -m draftopd.interop export runs/opd/.../drafter OUT --format speculators --target Qwen/Qwen3-8B
-    python -m draftopd.interop import SPECULATORS_DIR OUT --target Qwen/Qwen3-8B
-
-`public` is the format in which each kind of drafter is published, loaded beside the target: DFlash as z-lab does (vLLM
-`method: dflash`, SGLang `DFLASH`, transformers), EAGLE-3 as SafeAILab and SpecForge do (vLLM `method: eagle3`, SGLang
-`EAGLE3`). `speculators` is vLLM's own, with the target filled in: `vllm serve OUT`. MTP heads have this format only. A
-training checkpoint can be exported while training goes on.
-"""
+"""Bring drafters of any kind from one checkpoint format into another."""
 
 from __future__ import annotations
 
-import argparse
-import sys
 from pathlib import Path
 
 import torch
@@ -22,7 +10,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.load import assemble, load_drafter
-from draftopd.errors import DrafterError, DraftOPDError
+from draftopd.errors import DrafterError
 from draftopd.interop.speculators import read_speculators, write_speculators
 from draftopd.interop.target_files import TargetFiles
 from draftopd.io.hub import resolve
@@ -57,63 +45,49 @@ def read_any(path: str, num_target_layers: int | None = None) -> Drafter:
     return load_drafter(place, num_target_layers)
 
 
-def export(options: argparse.Namespace) -> str:
-    """Write a drafter in the format asked for; says what can be done with it."""
-    target = TargetFiles(options.target) if options.target else None
-    drafter, dtype = read_any(options.source, target.num_layers if target else None), getattr(torch, options.dtype)
+def export(
+    source: str,
+    output: str,
+    format: str = "public",
+    target: str | None = None,
+    verifier: str | None = None,
+    dtype: str = "bfloat16",
+) -> str:
+    """Write a drafter in the ``public`` or the ``speculators`` format, and say what can be done with it.
+
+    Args:
+        source: directory of a drafter or a run, or a training checkpoint.
+        target: directory or name of the target; ``verifier``: how the server finds it.
+
+    Raises:
+        DrafterError: if the drafter cannot be read, or the format does not take it.
+        TargetError: if the target cannot be read.
+    """  # fmt: skip
+    files = TargetFiles(target) if target else None
+    drafter, precision = read_any(source, files.num_layers if files else None), getattr(torch, dtype)
     method = {DFlashDrafter: "dflash", Eagle3Drafter: "eagle3"}.get(type(drafter))
-    if options.format == "public":
-        drafter.save(Path(options.output), dtype)
+    if format == "public":
+        drafter.save(Path(output), precision)
         if method is None:
-            return f"train it on: python train.py drafter=mtp drafter.checkpoint={options.output}"
+            return f"train it on: python train.py drafter=mtp drafter.checkpoint={output}"
         return (
-            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{method}", "model": "{options.output}", '
+            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{method}", "model": "{output}", '
             f'"num_speculative_tokens": {drafter.num_proposals}}}\''
         )
-    if target is None:
+    if files is None:
         raise DrafterError("The speculators format names the target and holds its embedding: name it with --target.")
-    write_speculators(drafter, Path(options.output), target, options.verifier or target.path, dtype)
-    return f"serve it: vllm serve {options.output}"
+    write_speculators(drafter, Path(output), files, verifier or files.path, precision)
+    return f"serve it: vllm serve {output}"
 
 
-def bring_in(options: argparse.Namespace) -> str:
-    """Write a drafter in the speculators format in its public one; says what can be done with it."""
-    drafter = read_speculators(Path(options.source), TargetFiles(options.target))
-    drafter.save(Path(options.output), getattr(torch, options.dtype))
+def bring_in(source: str, output: str, target: str, dtype: str = "bfloat16") -> str:
+    """Write a drafter of the speculators format in its public one, and say what can be done with it.
+
+    Raises:
+        DrafterError: if the drafter cannot be read, or does not fit the target.
+        TargetError: if the target cannot be read.
+    """
+    drafter = read_speculators(Path(source), TargetFiles(target))
+    drafter.save(Path(output), getattr(torch, dtype))
     group = type(drafter).__name__.removesuffix("Drafter").lower()
-    return (
-        f"train it: python train.py target=hf target.path={options.target} drafter={group} "
-        f"drafter.checkpoint={options.output}"
-    )
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m draftopd.interop", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    commands = parser.add_subparsers(required=True)
-    out = commands.add_parser("export", help="from draftopd to a serving engine's format")
-    out.add_argument("source", help="drafter directory, run directory or .ckpt of a training run")
-    out.add_argument("--format", choices=("public", "speculators"), default="public")
-    out.add_argument("--target", help="the target's directory or hub name (for speculators)")
-    out.add_argument("--verifier", help="how the server finds the target; default: --target")
-    out.set_defaults(run=export)
-    into = commands.add_parser("import", help="from the speculators format to the public one")
-    into.add_argument("source", help="directory in the speculators format")
-    into.add_argument("--target", required=True, help="the target's directory or hub name")
-    into.set_defaults(run=bring_in)
-    for command in (out, into):
-        command.add_argument("output", help="directory to write")
-        command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
-    options = parser.parse_args(arguments)
-    try:
-        advice = options.run(options)
-    except DraftOPDError as error:
-        sys.exit(f"Error: {error}")
-    except OSError as error:
-        sys.exit(f"Error: {options.output} cannot be written: {error}. Name a directory that can.")
-    print(f"wrote {options.output}\n{advice}")
-
-
-if __name__ == "__main__":
-    main()
+    return f"train it: python train.py target=hf target.path={target} drafter={group} drafter.checkpoint={output}"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from pathlib import Path
 from typing import Any, get_type_hints
 
 import torch
@@ -14,9 +13,10 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.cli import app
+from draftopd.cli.app import configs, guarded
 from draftopd.cli.check import check_value
 from draftopd.cli.nearest import nearest
+from draftopd.cli.overrides import problem
 from draftopd.cli.parts import rules_of
 from draftopd.decoding.generate import CAPACITY_STEP
 from draftopd.drafters.draft_vocabulary import frequent_tokens
@@ -29,7 +29,6 @@ from draftopd.planning.run import Run, Texts
 from draftopd.planning.shapes import shape_of, target_of
 from draftopd.planning.sizes import DrafterSize, Step
 from draftopd.rollout.rollouts import DecodeFreeRollout, FreshRollout, Rollout, SpeculativeRollout
-from draftopd.targets.head import CHUNK_ELEMENTS, GPU_CHUNKS
 from draftopd.targets.target import Target
 
 #: Bytes of a weight, and of what autocast computes in, by Lightning's names.
@@ -39,15 +38,15 @@ PRECISIONS = {
 }  # fmt: skip
 
 
-def plan(arguments: list[str], configs: Path) -> None:
+def plan(arguments: list[str]) -> None:
     """Print the plan of the run that ``arguments`` name: overrides of train.py, and ``plan.NAME=VALUE``."""
     mine = [a.lstrip("+") for a in arguments if a.lstrip("+").startswith("plan.")]
     others = [a for a in arguments if not a.lstrip("+").startswith("plan.")]
-    problem = app._problem(configs, "train", others, keeps=False)
-    if problem:
-        sys.exit(f"Error: {problem}")
+    found = problem(configs(), "train", others, keeps=False)
+    if found:
+        sys.exit(f"Error: {found}")
     try:
-        with initialize_config_dir(str(configs), version_base="1.3"):
+        with initialize_config_dir(str(configs()), version_base="1.3"):
             config = compose("train", others)
     finally:
         GlobalHydra.instance().clear()
@@ -57,7 +56,7 @@ def plan(arguments: list[str], configs: Path) -> None:
     config.pop("callbacks", None)
     if "store" in config.trajectories:
         config.trajectories.store = "trajectories"
-    app.guarded(lambda checked: _print(checked, mine), config)
+    guarded(lambda checked: _print(checked, mine), config)
 
 
 def _print(config: DictConfig, given: list[str]) -> None:
@@ -108,7 +107,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     step = Step(
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
         scope=loss.scope if rules_of(config).sampling.greedy or loss.scope != "until_fail" else "proposals",
-        loss_copies=loss.logit_copies, chunk_elements=GPU_CHUNKS * CHUNK_ELEMENTS,
+        loss_copies=loss.logit_copies, gpu=True,
         checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
         attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
     )  # fmt: skip
@@ -166,6 +165,7 @@ def _decoding(config: DictConfig, rows: int, weight_bytes: int, compute_bytes: i
 
 
 def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
+    """Where a refresh's texts come from, and how anchors are found on them."""
     # Rollouts run between epochs, where Lightning's autocast does not reach.
     if isinstance(rollout, SpeculativeRollout):
         return Texts(_decoding(config, rollout.batch_size, weight_bytes, weight_bytes))

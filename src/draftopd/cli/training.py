@@ -20,9 +20,9 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.cli.app import quiet
 from draftopd.cli.compatibility import advise, check_rollout, check_sharding, check_values
 from draftopd.cli.parts import rules_of
+from draftopd.cli.quiet import quiet
 from draftopd.cli.record import composed, write_record
 from draftopd.cli.report import FORMAT, TESTED_FORMAT, TrainingReport, print_report
 from draftopd.cli.runs import settings

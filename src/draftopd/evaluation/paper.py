@@ -1,20 +1,13 @@
-"""The Draft-OPD paper's figures beside a run of one's own.
-
-    python -m draftopd.evaluation.paper runs/eval/.../results.json
-
-The paper's are means over its suite (thinking, temperature 0; arXiv 2605.29343); the run's are means over the
-benchmarks that it covered. A run's drafter stands in the paper's row where its target and its name say so: `eagle3`,
-`dflash` or `opd` in the name given by `checkpoint={dflash: DIR, opd: DIR}`.
-"""
+"""The Draft-OPD paper's figures (arXiv 2605.29343) beside those of an evaluation."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
+
+from draftopd.errors import FileError
 
 
 class PaperRow(NamedTuple):
@@ -50,8 +43,20 @@ class OwnRow(NamedTuple):
     temperature: float
 
 
+def read(results: Path) -> list[OwnRow]:
+    """The run's means from its ``results.json``.
+
+    Raises:
+        FileError: if the file is not one.
+    """
+    try:
+        return own_rows(json.loads(results.read_text(encoding="utf-8")))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise FileError(f"{results} is not the results.json of an evaluation ({error}).") from error
+
+
 def own_rows(content: dict[str, Any]) -> list[OwnRow]:
-    """The run's means from a ``results.json``."""
+    """The run's means from the content of a ``results.json``."""
     found: dict[str, list[dict[str, Any]]] = {}
     for summary in content["summaries"]:
         found.setdefault(summary["drafter"], []).append(summary)
@@ -101,21 +106,3 @@ def _stands_in(own: OwnRow, row: PaperRow) -> bool:
 
 def _speedup(own: OwnRow) -> str:
     return "none" if own.speedup is None else f"{own.speedup:.2f}x"
-
-
-def main(arguments: list[str] | None = None) -> None:
-    parser = argparse.ArgumentParser(
-        prog="python -m draftopd.evaluation.paper", description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )  # fmt: skip
-    parser.add_argument("results", type=Path, nargs="?", help="results.json of an evaluation; none: the paper alone")
-    options = parser.parse_args(arguments)
-    try:
-        own = [] if options.results is None else own_rows(json.loads(options.results.read_text(encoding="utf-8")))
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        sys.exit(f"Error: {options.results} is no results.json of an evaluation ({error}).")
-    print(table(own))
-
-
-if __name__ == "__main__":
-    main()

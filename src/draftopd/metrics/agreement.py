@@ -10,6 +10,9 @@ from torchmetrics import Metric
 
 from draftopd.replay.blocks import Blocks
 
+#: Logits-sized float32 tensors that :func:`slot_agreement` holds at once: of its only chunk, or of one among several.
+LOGIT_COPIES = (5, 7)
+
 
 class SlotAgreement(NamedTuple):
     """Overlap ``sum_v min(p, q)``, entropy of the drafter and of the target (nats), each ``[N, K]``."""

@@ -51,8 +51,10 @@ def step_peaks(
             drafts = draft(target, drafter, reading, batch, Rules(), forced=forced, propose=propose)
         with record_function(_MARK + "score"):
             blocks = drafts.blocks(scope)
-            if measured:
-                slot_agreement(drafts.scored())
+            scored = drafts.scored() if measured else None
+        if scored is not None:
+            with record_function(_MARK + "measure"):
+                slot_agreement(scored)
         return blocks
 
     def step() -> None:

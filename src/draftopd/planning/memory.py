@@ -8,16 +8,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from draftopd.metrics.agreement import LOGIT_COPIES
 from draftopd.planning.activations import FLOAT, Kept, kept
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.rollout.walk import READ_TOKENS
+from draftopd.targets.head import rows_at_once
 from draftopd.targets.target import MAX_BLOCK_QUERIES
 
 Parts = dict[str, float]
-
-#: Logits-sized tensors that :func:`draftopd.metrics.agreement.slot_agreement` holds at once for its one chunk,
-#: and for each of several.
-AGREEMENT_COPIES = (5, 7)
 
 
 class Moment(NamedTuple):
@@ -99,7 +97,7 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
     if c != w:
         drafter["cast weights"] = d.elements * c  # autocast keeps what it has cast
     rows = d.own_head or t.vocab
-    at_once = max(1, step.chunk_elements // rows)
+    at_once = rows_at_once(rows, step.gpu)
     chunk = min(slots, at_once) * rows
     # A block-parallel drafter chooses all its slots' tokens together, the others one slot after the other.
     chosen = min(slots if d.kind == "dflash" else blocks, at_once) * rows * _logits(v)
@@ -119,7 +117,7 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
         keys = step.tokens + queries
         work = forward_work(t, step.batch, queries, keys, joined=True)
         work += step.batch * queries * d.taps * t.hidden * v
-        best = min(slots, max(1, step.chunk_elements // t.vocab)) * t.vocab * _logits(v)
+        best = min(slots, rows_at_once(t.vocab, step.gpu)) * t.vocab * _logits(v)
         every = places * t.hidden * v  # in chunks of blocks, in the end joined
         scored: Parts = {
             "scored states": every + draft.output,
@@ -127,8 +125,8 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
         }
         moments.append(Moment("score", held | drafter | scored))
     if step.measured:
-        some = max(1, step.chunk_elements // t.vocab)
-        compared = AGREEMENT_COPIES[slots > some] * min(slots, some) * t.vocab * FLOAT
+        some = rows_at_once(t.vocab, step.gpu)
+        compared = LOGIT_COPIES[slots > some] * min(slots, some) * t.vocab * FLOAT
         scored = {"scored states": 2 * along + draft.output}
         moments.append(Moment("measure", held | drafter | scored | {"logits of a chunk": compared}))
     # What is used of both sides' states, and the gradient of the drafter's, in parts and joined.

@@ -12,7 +12,6 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.errors import DrafterError
 from draftopd.replay.blocks import Scope
-from draftopd.targets.head import CHUNK_ELEMENTS
 from draftopd.targets.target import Target
 
 #: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
@@ -135,7 +134,7 @@ class Step:
         compute_bytes: of what autocast computes in; the same where there is none.
         scope: what of the target the loss needs.
         loss_copies: logits-sized tensors in float32 that the loss holds at once for a chunk.
-        chunk_elements: logits of a chunk.
+        gpu: it runs on a GPU, where chunks of logits are larger.
         prompt: tokens before the first anchor.
         measured: the target also scores the proposals to log agreement (every ``log_every_n_steps``).
     """
@@ -147,7 +146,7 @@ class Step:
     compute_bytes: int = 4
     scope: Scope = "proposals"
     loss_copies: int = 7
-    chunk_elements: int = CHUNK_ELEMENTS
+    gpu: bool = False
     checkpointing: bool = False
     attention: Attention = "chunks"
     prompt: int = 0

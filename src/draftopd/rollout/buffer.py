@@ -4,13 +4,12 @@ A refresh writes one *generation*: a directory of safetensors shards and a manif
 under a temporary name and renamed when complete, so a generation is whole or absent; the former one
 is removed only then. Reading maps one shard at a time, so memory does not grow with the buffer.
 
-``python -m draftopd.rollout.buffer DIR`` shows what a buffer holds.
+``python -m draftopd buffer DIR`` shows what a buffer holds.
 """
 
 from __future__ import annotations
 
 import shutil
-import sys
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
@@ -238,19 +237,22 @@ def read_manifest(directory: Path) -> Manifest:
     return manifest
 
 
-def _describe(root: Path) -> None:
-    buffer = AnchorBuffer(root) if (root / "manifest.json").exists() else AnchorBuffer.latest(root)
+def describe(directory: Path) -> str:
+    """What a buffer or one generation of it holds: its figures, and its first three sequences.
+
+    Raises:
+        BufferError: if there is none, or it is damaged.
+    """
+    whole = (directory / "manifest.json").exists()
+    buffer = AnchorBuffer(directory) if whole else AnchorBuffer.latest(directory)
     m = buffer.manifest
-    print(f"{buffer.directory}: {m.sequences} sequences, {m.tokens} tokens, {m.blocks} blocks, tau {m.tau:.3f}")
-    print(f"generation {m.generation}, rolled out at step {m.step}, {len(m.shards)} shards")
+    lines = [
+        f"{buffer.directory}: {m.sequences} sequences, {m.tokens} tokens, {m.blocks} blocks, tau {m.tau:.3f}",
+        f"generation {m.generation}, rolled out at step {m.step}, {len(m.shards)} shards",
+    ]
     for index in range(min(3, len(buffer))):
         record = buffer[index]
-        print(f"  {index}: prompt {record.prompt_length}, response {len(record.tokens) - record.prompt_length} tokens")
-        print(f"     anchors {record.anchors[:12]} accepted {record.accepted[:12]}")
-
-
-if __name__ == "__main__":
-    try:
-        _describe(Path(sys.argv[1]))
-    except (IndexError, BufferError) as error:
-        sys.exit(str(error) if isinstance(error, BufferError) else "usage: python -m draftopd.rollout.buffer DIR")
+        response = len(record.tokens) - record.prompt_length
+        lines.append(f"  {index}: prompt {record.prompt_length}, response {response} tokens")
+        lines.append(f"     anchors {record.anchors[:12]} accepted {record.accepted[:12]}")
+    return "\n".join(lines)

@@ -13,6 +13,11 @@ CHUNK_ELEMENTS = 2**23
 GPU_CHUNKS = 8
 
 
+def rows_at_once(logits: int, gpu: bool) -> int:
+    """How many rows of that many logits each to hold at once."""
+    return max(1, (GPU_CHUNKS if gpu else 1) * CHUNK_ELEMENTS // logits)
+
+
 class LMHead:
     """Hidden states to logits.
 
@@ -39,8 +44,7 @@ class LMHead:
 
     def rows_at_once(self, per_row: int = 1) -> int:
         """How many rows of ``per_row`` states each to turn into logits at once, so that memory stays bounded."""
-        factor = GPU_CHUNKS if self.weight.is_cuda else 1
-        return max(1, factor * CHUNK_ELEMENTS // (self.weight.shape[0] * per_row))
+        return rows_at_once(self.weight.shape[0] * per_row, self.weight.is_cuda)
 
     def chunks(self, *tensors: Tensor, per_row: int = 1) -> Iterator[tuple[Tensor, ...]]:
         """The tensors ``[n, ...]`` side by side, :meth:`rows_at_once` rows at a time."""
