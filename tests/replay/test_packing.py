@@ -11,7 +11,7 @@ import torch
 from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from tests.support.losses import LOSSES, loss_config
-from tests.support.models import DRAFTERS, KINDS, MakeDrafter
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter, MakeTarget
 from torch import Tensor
 
 from draftopd.decoding.sampling import Sampling
@@ -24,7 +24,6 @@ from draftopd.replay.replay import replay
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.walk import Walker
-from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 from draftopd.training.datamodule import ReplayDataModule
 from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
@@ -88,9 +87,9 @@ def order(plain: ReplayBatch, packed: ReplayBatch) -> Tensor:
     return torch.cat([own[i] for i in packed.layout.rows.argsort(stable=True).tolist()])
 
 
-def load(target_dirs: dict[str, Path], kind: str) -> Target:
+def load(make_target: MakeTarget, kind: str) -> Target:
     # Experts are multiplied in float32 at most.
-    return load_target(str(target_dirs[kind]), dtype="float32" if kind in ("qwen3_moe", "gpt_oss") else "float64")
+    return make_target(kind, dtype="float32" if kind in ("qwen3_moe", "gpt_oss") else "float64")
 
 
 def same(found: Blocks, expected: Blocks, places: Tensor) -> None:
@@ -112,9 +111,9 @@ def same(found: Blocks, expected: Blocks, places: Tensor) -> None:
 @pytest.mark.parametrize("drafts", ["dflash", "mtp"])
 @pytest.mark.parametrize("teacher", ["proposals", "recorded", "none"])
 def test_packed_blocks_are_the_same_with_every_target(
-    teacher: Scope, drafts: str, kind: str, target_dirs, make_any: MakeDrafter
+    teacher: Scope, drafts: str, kind: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
-    target = load(target_dirs, kind)
+    target = load(make_target, kind)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     plain, packed = batches(records())
@@ -127,9 +126,11 @@ def test_packed_blocks_are_the_same_with_every_target(
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("choice", ["visited", "random"])
-def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, target_dirs, make_any: MakeDrafter) -> None:
+def test_packed_losses_and_gradients_are_the_same(
+    choice: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
     """Every loss as configured; with random anchors on the recorded text."""
-    target = load(target_dirs, "qwen3")
+    target = load(make_target, "qwen3")
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     both = batches(records(), choice)
@@ -153,8 +154,10 @@ def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, targ
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_dirs, make_any: MakeDrafter) -> None:
-    target = load(target_dirs, kind)
+def test_a_sequence_does_not_see_its_neighbours(
+    drafts: str, kind: str, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
+    target = load(make_target, kind)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     _, batch = batches(records())
@@ -181,8 +184,10 @@ def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_d
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("drafts", ["dflash", "eagle3"])
-def test_fresh_anchors_are_the_same(drafts: str, temperature: float, target_dirs, make_any: MakeDrafter) -> None:
-    target, sampling = load(target_dirs, "gemma3"), Sampling(temperature)
+def test_fresh_anchors_are_the_same(
+    drafts: str, temperature: float, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
+    target, sampling = load(make_target, "gemma3"), Sampling(temperature)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     fresh = FreshAnchors(Walker(sampling, parallel_below=3), AnchorPolicy("visited", 5, 3))
