@@ -6,10 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from tests.support.batches import chosen_batch
 from tests.support.models import MakeRequest
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.replay.batch import ReplayBatch, pad_anchors
+from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Scope
 from draftopd.replay.fresh import FreshAnchors
 from draftopd.replay.replay import replay
@@ -23,15 +24,6 @@ from draftopd.rollout.walk import text_seed
 
 def flat(rollout: Rollout, request: Request) -> list[Recorded]:
     return [record for batch in rollout.collect(request) for record in batch]
-
-
-def as_batch(records: list[Recorded], policy: AnchorPolicy) -> ReplayBatch:
-    rows = [torch.tensor(r.tokens) for r in records]
-    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
-    starts, lengths = torch.tensor([r.prompt_length for r in records]), torch.tensor([len(r) for r in rows])
-    generator = torch.Generator().manual_seed(0)
-    chosen = [policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
-    return ReplayBatch(ids, starts, lengths, *pad_anchors(chosen), torch.zeros(len(rows), dtype=torch.long))
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -75,8 +67,8 @@ def test_a_replay_with_fresh_anchors_is_one_at_recorded_anchors(
     rollout = DecodeFreeRollout(InProcessTrajectories(str(tmp_path)), max_new_tokens=20)
     policy = AnchorPolicy(choice, None, request.drafter.num_proposals)  # type: ignore[arg-type]
     fresh = FreshAnchors(rollout.walker, policy)
-    recorded = as_batch(flat(rollout, request), policy)
-    bare = as_batch(flat(rollout.texts_only(), request), policy)
+    recorded = chosen_batch(flat(rollout, request), policy)
+    bare = chosen_batch(flat(rollout.texts_only(), request), policy)
     assert not bare.anchor_mask.any()
 
     def find(batch: ReplayBatch, features: torch.Tensor, states: torch.Tensor | None) -> ReplayBatch:
@@ -97,7 +89,7 @@ def test_fresh_anchors_above_temperature_zero(tmp_path: Path, make_request: Make
     rollout = DecodeFreeRollout(InProcessTrajectories(str(tmp_path)), max_new_tokens=20, temperature=1.0)
     policy = AnchorPolicy("visited", 3, request.drafter.num_proposals)
     fresh = FreshAnchors(rollout.walker, policy)
-    bare = as_batch(flat(rollout.texts_only(), request), policy)
+    bare = chosen_batch(flat(rollout.texts_only(), request), policy)
 
     def replayed(seed: int) -> list[list[int]]:
         chosen = []

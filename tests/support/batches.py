@@ -6,7 +6,9 @@ import torch
 
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.drafters.base import Drafter
-from draftopd.replay.batch import ReplayBatch
+from draftopd.replay.batch import ReplayBatch, pad_anchors
+from draftopd.rollout.anchors import AnchorPolicy
+from draftopd.rollout.buffer import Recorded
 from draftopd.targets.target import Target
 
 
@@ -27,3 +29,13 @@ def as_batch(decoded: list[Decoded], blocks: int | None = None) -> ReplayBatch:
         mask[row, : len(d.anchors[:blocks])] = True
     starts, lengths = (torch.tensor(x) for x in zip(*((len(d.prompt), len(d.tokens)) for d in decoded), strict=True))
     return ReplayBatch(ids, starts, lengths, anchors, mask, torch.zeros(len(decoded), dtype=torch.long))
+
+
+def chosen_batch(records: list[Recorded], policy: AnchorPolicy) -> ReplayBatch:
+    """Recorded texts with the anchors that a policy takes of them."""
+    rows = [torch.tensor(r.tokens) for r in records]
+    ids = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True, padding_value=7)
+    starts, lengths = torch.tensor([r.prompt_length for r in records]), torch.tensor([len(r) for r in rows])
+    generator = torch.Generator().manual_seed(0)
+    chosen = [policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
+    return ReplayBatch(ids, starts, lengths, *pad_anchors(chosen), torch.zeros(len(rows), dtype=torch.long))
