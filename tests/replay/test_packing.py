@@ -69,7 +69,7 @@ def batches(texts: list[Recorded], choice: str = "visited", limit: int | None = 
     """The same texts and anchors, a row each and packed."""
 
     def collate(pack_to: int | None) -> ReplayBatch:
-        policy = AnchorPolicy(choice, limit, 3)  # type: ignore[arg-type]
+        policy = AnchorPolicy(choice, limit, 3)
         loader = ReplayLoader(ReplayDataset(Path()), ReplaySampler(1, 9, 0), policy, pad=7, pack_to=pack_to)
         return loader.collate(texts, torch.Generator().manual_seed(0))
 
@@ -176,7 +176,7 @@ def test_a_sequence_does_not_see_its_neighbours(
     assert own.sum() > 3
     for teacher in ("proposals", "recorded", "none"):
         found, changed = (
-            replay(target, drafter, b, Sampling(), frozenset(), teacher)  # type: ignore[arg-type]
+            replay(target, drafter, b, Sampling(), frozenset(), teacher)
             for b in (batch._replace(anchor_mask=mask), batch._replace(ids=ids, anchor_mask=mask))
         )
         same(changed, found, torch.arange(int(own.sum())))
@@ -239,4 +239,4 @@ def test_a_target_that_attends_its_own_way_is_refused(target: Target) -> None:
 
 def test_rows_of_no_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="pack_to must be 1 or more"):
-        ReplayDataModule(None, None, 1, 1, pack_to=0)  # type: ignore[arg-type]
+        ReplayDataModule(None, None, 1, 1, pack_to=0)

@@ -32,6 +32,6 @@ def make_request(
             "places": range(len(asked)), "stop": frozenset({3, 11}), "sampling": Sampling(), "max_new_tokens": 20,
             "max_prompt_tokens": 64, "seed": 0,
         }  # fmt: skip
-        return Request(**options | changes)  # type: ignore[arg-type]
+        return Request(**options | changes)
 
     return make

@@ -65,7 +65,7 @@ def test_a_replay_with_fresh_anchors_is_one_at_recorded_anchors(
 ) -> None:
     request = make_request()
     rollout = DecodeFreeRollout(InProcessTrajectories(str(tmp_path)), max_new_tokens=20)
-    policy = AnchorPolicy(choice, None, request.drafter.num_proposals)  # type: ignore[arg-type]
+    policy = AnchorPolicy(choice, None, request.drafter.num_proposals)
     fresh = FreshAnchors(rollout.walker, policy)
     recorded = chosen_batch(flat(rollout, request), policy)
     bare = chosen_batch(flat(rollout.texts_only(), request), policy)

@@ -320,7 +320,7 @@ def bundled_request(bundled: tuple[Target, Any], prompts: list[list[int]]) -> Re
     return Request(
         target, None, tokenizer, lambda: prompts, range(len(prompts)), stop_tokens(target, tokenizer), Sampling(), 200,
         512, 0,
-    )  # type: ignore[arg-type]  # fmt: skip
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(
