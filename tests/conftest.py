@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
+from copy import deepcopy
 from pathlib import Path
 
-from tests.support.models import KINDS, randomize, small_model
+from tests.support.models import KINDS, MakeTarget, randomize, small_model
 
 # Before transformers is imported: no test may wait for a network.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -15,9 +16,7 @@ import pytest
 import torch
 from scipy import stats
 from torch import Tensor
-from transformers import (
-    PreTrainedTokenizerFast,
-)
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
 from draftopd.bundled.tokenizer import build_tokenizer
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
@@ -44,16 +43,34 @@ def target_dirs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return dirs
 
 
+@pytest.fixture(scope="session")
+def make_target(target_dirs: dict[str, Path]) -> MakeTarget:
+    """``(kind, **options of load_target) -> Target``, in float32 by default: a copy, with neither taps nor hooks.
+
+    Each is read from its files once in a session: that takes five times as long as a copy.
+    """
+    models: dict[tuple[object, ...], PreTrainedModel] = {}
+
+    def make(kind: str = "qwen3", **options: object) -> Target:
+        options = {"dtype": "float32"} | options
+        key = (kind, *sorted(options.items()))
+        if key not in models:
+            models[key] = load_target(str(target_dirs[kind]), **options).model
+        return Target(deepcopy(models[key]))
+
+    return make
+
+
 @pytest.fixture
-def target(target_dirs: dict[str, Path]) -> Target:
+def target(make_target: MakeTarget) -> Target:
     """A small Qwen3 target in float32."""
-    return load_target(str(target_dirs["qwen3"]), dtype="float32")
+    return make_target("qwen3")
 
 
 @pytest.fixture
-def small_vocabulary_target(target_dirs: dict[str, Path]) -> Target:
+def small_vocabulary_target(make_target: MakeTarget) -> Target:
     """A target of six tokens, whose laws can be written out in full."""
-    return load_target(str(target_dirs["vocab_6"]), dtype="float32")
+    return make_target("vocab_6")
 
 
 @pytest.fixture(scope="session")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from copy import deepcopy
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -19,6 +21,7 @@ from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.targets.target import Target
 from tests.support.batches import as_batch, replay
 from tests.support.losses import LOSSES, loss_config
+from tests.support.models import MakeDrafter, MakeTarget
 from tests.support.paths import ROOT
 
 DRAFTERS = ("dflash", "eagle3_reduced", "mtp")
@@ -27,7 +30,14 @@ RULES: dict[str, tuple[Sampling, Verification]] = {
     "rejection_sampling": (Sampling(1.0, top_p=0.95), "rejection_sampling"),
     "target_only": (Sampling(1.0, top_p=0.95), "target_only"),
 }
-STEPS = 12
+#: Every drafter in both stages, each rule with two of them.
+LEARNING = {
+    ("dflash", "sft", "rejection_sampling"), ("eagle3_reduced", "sft", "greedy"), ("mtp", "sft", "target_only"),
+    ("dflash", "opd", "target_only"), ("eagle3_reduced", "opd", "rejection_sampling"), ("mtp", "opd", "greedy"),
+}  # fmt: skip
+STEPS = 6
+
+Prepare = Callable[[str, str, str], tuple[Target, Drafter, ReplayBatch]]
 
 
 def texts(target: Target, drafter: Drafter, rule: str, stage: str) -> ReplayBatch:
@@ -45,20 +55,36 @@ def texts(target: Target, drafter: Drafter, rule: str, stage: str) -> ReplayBatc
     return as_batch(decoded)
 
 
+@pytest.fixture(scope="module")
+def prepare(make_target: MakeTarget, make_any: MakeDrafter) -> Prepare:
+    """``(drafts, stage, rule) -> (target, fresh drafter, batch)``; the texts are decoded once for all losses."""
+    target = make_target("qwen3")
+
+    @cache
+    def once(drafts: str, stage: str, rule: str) -> tuple[Drafter, ReplayBatch]:
+        drafter = make_any(drafts, target)
+        return drafter, texts(target, drafter, rule, stage)
+
+    def make(drafts: str, stage: str, rule: str) -> tuple[Target, Drafter, ReplayBatch]:
+        drafter, batch = once(drafts, stage, rule)
+        return target.tap(drafter.target_layer_ids), deepcopy(drafter), batch
+
+    return make
+
+
 @pytest.mark.parametrize("rule", RULES)
 @pytest.mark.parametrize("stage", ["sft", "opd"])
 @pytest.mark.parametrize("name", LOSSES)
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_each_combination_learns(
-    drafts: str, name: str, stage: str, rule: str, target: Target, make_any: Callable[..., Drafter]
+def test_each_combination_gives_every_weight_a_gradient(
+    drafts: str, name: str, stage: str, rule: str, prepare: Prepare
 ) -> None:
-    """A few steps on one batch lower its loss; every weight has part in it."""
-    drafter, loss = make_any(drafts, target), instantiate(loss_config(name, stage == "sft"))
+    """Where the case is among :data:`LEARNING`, a few steps on the batch lower its loss too."""
+    (target, drafter, batch), loss = prepare(drafts, stage, rule), instantiate(loss_config(name, stage == "sft"))
     sampling, verification = RULES[rule]
-    batch = texts(target, drafter, rule, stage)
     optimizer = torch.optim.Adam(drafter.parameters(), lr=3e-3)
     values = []
-    for _ in range(STEPS):
+    for _ in range(STEPS if (drafts, stage, rule) in LEARNING else 1):
         blocks = replay(
             target, drafter, batch, sampling, frozenset({5}), loss.scope,
             torch.Generator().manual_seed(3), verification=verification,
@@ -67,10 +93,11 @@ def test_each_combination_learns(
         values.append(float(value.detach()))
         optimizer.zero_grad()
         value.backward()
-        assert all(p.grad is not None and p.grad.isfinite().all() for p in drafter.parameters() if p.requires_grad)
+        for weight, parameter in drafter.named_parameters():
+            gradient = parameter.grad
+            assert gradient is not None and gradient.isfinite().all() and gradient.any(), weight
         optimizer.step()
-    assert any(p.grad.abs().sum() > 0 for p in drafter.parameters())
-    assert min(values[-3:]) < values[0], values
+    assert len(values) == 1 or max(values[-3:]) < values[0], values
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import pickle
 import struct
 from collections.abc import Callable
@@ -14,23 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.support.refusing import Copy, refused
+from tests.support.spoiling import DEEP, Change, Harm, config, content, pickled
 
 from draftopd.cli.interop import read_any
 from draftopd.drafters.load import load_for
 from draftopd.errors import DrafterError, FileError
 from draftopd.targets.target import Target
-
-Change = Callable[[Path], object]
-
-
-def config(**changes: Any) -> Change:
-    """Other fields; ``...`` takes one out."""
-
-    def change(place: Path) -> None:
-        raw = json.loads((place / "config.json").read_text()) | changes
-        (place / "config.json").write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
-
-    return change
 
 
 def dflash(**changes: Any) -> Change:
@@ -48,10 +36,6 @@ def speculators(**changes: Any) -> Change:
         (place / "config.json").write_text(json.dumps(raw))
 
     return change
-
-
-def content(name: str, data: bytes) -> Change:
-    return lambda place: (place / name).write_bytes(data)
 
 
 def tensors(**changes: Any) -> Change:
@@ -93,25 +77,6 @@ def spoil(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
     return change
 
 
-class Harm:
-    """A pickle that would leave a file where it is loaded."""
-
-    def __init__(self, place: Path) -> None:
-        self.place = place
-
-    def __reduce__(self) -> Any:
-        return os.mkdir, (str(self.place / "harmed"),)
-
-
-def pickled(name: str, remove: str = "model.safetensors") -> Change:
-    def change(place: Path) -> None:
-        (place / remove).unlink()
-        (place / name).write_bytes(pickle.dumps(Harm(place)))
-
-    return change
-
-
-DEEP = b'{"a": ' * 5000 + b"1" + b"}" * 5000
 READ = "cannot be read: .*Copy or train it again"
 NUMBER = "where a whole number belongs"
 LAYERS = "describes no qwen3 layers: "

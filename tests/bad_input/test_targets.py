@@ -11,27 +11,13 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.bad_input.test_drafters import DEEP, Harm, pickled
 from tests.support.refusing import Copy, refused
+from tests.support.spoiling import DEEP, Change, Harm, config, content, pickled
 
 from draftopd.errors import TargetError
 from draftopd.interop.target_files import TargetFiles
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 from draftopd.targets.target import Target
-
-Change = Callable[[Path], object]
-
-
-def config(name: str = "config.json", **changes: Any) -> Change:
-    def change(place: Path) -> None:
-        raw = json.loads((place / name).read_text()) | changes
-        (place / name).write_text(json.dumps({k: v for k, v in raw.items() if v is not ...}))
-
-    return change
-
-
-def content(name: str, data: bytes) -> Change:
-    return lambda place: (place / name).write_bytes(data)
 
 
 def index(places: Any) -> Change:

@@ -118,9 +118,9 @@ def test_splits_share_no_skeleton(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_an_unknown_split_is_refused() -> None:
     with pytest.raises(ValueError, match=r"'dev'.*train, validation, test"):
-        problem("dev", 0)  # type: ignore[arg-type]
+        problem("dev", 0)
     with pytest.raises(ValueError, match="dev"):
-        list(problems("dev", 1))  # type: ignore[arg-type]
+        list(problems("dev", 1))
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 from tests.support.models import small_model
 from tests.support.paths import ROOT
-from tests.support.runs import DRAFTER, SMALL, Script
+from tests.support.runs import DRAFTER, SMALL, in_process
 
 from draftopd.cli.nearest import nearest
 from draftopd.cli.overrides import problem
@@ -49,28 +49,29 @@ def fails(done: subprocess.CompletedProcess[str], *messages: str) -> None:
         assert message in text, text
 
 
-def test_no_network(script: Script, tmp_path: Path) -> None:
-    done = script("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
+def test_no_network(tmp_path: Path) -> None:
+    done = in_process("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
     fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be had", "target.path=DIR")
 
 
-def test_wrong_type_and_value(script: Script, tmp_path: Path) -> None:
-    fails(script("train.py", "data.batch_size=x", f"hydra.run.dir={tmp_path}"), "data.batch_size='x' does not fit int")
-    fails(script("train.py", "loss.gamma=2", f"hydra.run.dir={tmp_path}"), "gamma must lie in (0, 1], found 2")
-
-
-@pytest.mark.slow
-def test_drafters_that_cannot_serve(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
-    target = ("target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path / 'run'}", *SMALL)
-    fails(script("train.py", *target, "drafter.checkpoint=nowhere"), "No drafter in nowhere")
-    fails(script("train.py", *target, "drafter.block_size=1"), "block_size 1 proposes nothing")
-    fails(script("train.py", *target, "drafter.target_layer_ids=[9]"), "layers [9]", "layers 0 to 4")
+def test_wrong_type_and_value(tmp_path: Path) -> None:
     fails(
-        script("train.py", *target, "drafter.checkpoint=bundled:tiny_dflash"),
+        in_process("train.py", "data.batch_size=x", f"hydra.run.dir={tmp_path}"), "data.batch_size='x' does not fit int"
+    )
+    fails(in_process("train.py", "loss.gamma=2", f"hydra.run.dir={tmp_path}"), "gamma must lie in (0, 1], found 2")
+
+
+def test_drafters_that_cannot_serve(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    target = ("target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path / 'run'}", *SMALL)
+    fails(in_process("train.py", *target, "drafter.checkpoint=nowhere"), "No drafter in nowhere")
+    fails(in_process("train.py", *target, "drafter.block_size=1"), "block_size 1 proposes nothing")
+    fails(in_process("train.py", *target, "drafter.target_layer_ids=[9]"), "layers [9]", "layers 0 to 4")
+    fails(
+        in_process("train.py", *target, "drafter.checkpoint=bundled:tiny_dflash"),
         "hidden size is 192",
         "this target's is 32",
     )
-    fails(script("eval.py", *target[:3], "checkpoint=bundled:tiny_dflash"), "hidden size is 192")
+    fails(in_process("eval.py", *target[:3], "checkpoint=bundled:tiny_dflash"), "hidden size is 192")
 
 
 def test_vocabulary_and_depth_must_fit(target: Target, make_drafter) -> None:
@@ -83,8 +84,7 @@ def test_vocabulary_and_depth_must_fit(target: Target, make_drafter) -> None:
         drafter.check_fits(Target(small_model("qwen3", num_hidden_layers=5)))
 
 
-@pytest.mark.slow
-def test_prompts_that_do_not_fit(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
+def test_prompts_that_do_not_fit(tmp_path: Path, chat_targets: dict[str, str]) -> None:
     target = (
         "target=hf",
         f"target.path={chat_targets['qwen3']}",
@@ -95,14 +95,13 @@ def test_prompts_that_do_not_fit(script: Script, tmp_path: Path, chat_targets: d
     prompts = tmp_path / "prompts.jsonl"
     prompts.write_text(json.dumps({"prompt": "Mia has 3 apples."}) + "\n" + json.dumps({"prompt": ""}) + "\n")
     mine = ("data=jsonl", f"data.train_prompts.path={prompts}")
-    fails(script("train.py", *target, *mine), "prompts.jsonl, line 2 has no text under 'prompt'")
-    fails(script("train.py", *target, "data.max_prompt_tokens=3"), "longer than data.max_prompt_tokens=3")
-    fails(script("train.py", *target, "max_new_tokens=250"), "context of 256", "max_new_tokens")
+    fails(in_process("train.py", *target, *mine), "prompts.jsonl, line 2 has no text under 'prompt'")
+    fails(in_process("train.py", *target, "data.max_prompt_tokens=3"), "longer than data.max_prompt_tokens=3")
+    fails(in_process("train.py", *target, "max_new_tokens=250"), "context of 256", "max_new_tokens")
 
 
-@pytest.mark.slow
-def test_a_loss_that_is_not_finite(script: Script, tmp_path: Path, chat_targets: dict[str, str]) -> None:
-    done = script(
+def test_a_loss_that_is_not_finite(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path}", *DRAFTER, *SMALL,
         "module.max_skipped_in_a_row=0",
         "optimizer.lr=1e30", "schedule.warmup=0", "trainer.gradient_clip_val=null", "data.prompts_per_refresh=16",

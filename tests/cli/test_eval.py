@@ -16,6 +16,8 @@ import yaml
 from hydra import compose, initialize_config_dir
 from omegaconf import OmegaConf
 from tests.support.engine import Engine
+from tests.support.paths import ROOT
+from tests.support.runs import in_process
 from tests.support.serving import serving
 
 from draftopd.cli.evaluation import name_checkpoints, read_benchmarks, read_settings
@@ -23,7 +25,6 @@ from draftopd.cli.overrides import problem
 from draftopd.errors import ConfigError, DrafterError
 from draftopd.evaluation.settings import Settings
 
-ROOT = Path(__file__).parents[1]
 COMMAND = [sys.executable, str(ROOT / "eval.py")]
 ENVIRONMENT = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "COLUMNS": "100"}
 SMALL = ("limit=2", "max_new_tokens=24")
@@ -38,7 +39,7 @@ def command(*arguments: str) -> subprocess.CompletedProcess[str]:
 
 
 def evaluate(directory: Path, *overrides: str) -> subprocess.CompletedProcess[str]:
-    return command(f"hydra.run.dir={directory}", *overrides)
+    return in_process("eval.py", f"hydra.run.dir={directory}", *overrides)
 
 
 def refused(done: subprocess.CompletedProcess[str], *messages: str) -> None:
@@ -53,7 +54,7 @@ def examples_in(directory: Path) -> list[dict[str, object]]:
 
 
 def test_two_bundled_drafters_by_default(tmp_path: Path) -> None:
-    done = evaluate(tmp_path, *SMALL)
+    done = command(f"hydra.run.dir={tmp_path}", *SMALL)
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
     for part in ("bundled:tiny_target: batch 1", "tiny_dflash_opd", "2 of 2 equal", "is expected", "expected to be"):
@@ -96,7 +97,6 @@ def test_named_drafters_sampled_in_batches_on_prompts_of_ones_own(tmp_path: Path
     assert content["seed"] == 5 and {p["solved"] for p in content["prompts"]} == {None}
 
 
-@pytest.mark.slow
 def test_several_benchmarks(tmp_path: Path) -> None:
     """One of them with two turns."""
     rows = [{"question_id": i, "turns": [f"Mia has {i} apples.", "And then?"]} for i in range(3)]
@@ -112,7 +112,6 @@ def test_several_benchmarks(tmp_path: Path) -> None:
     assert [row["benchmark"] for row in examples_in(tmp_path / "run")] == ["reasoning"] * 2 + ["mt_bench"] * 2
 
 
-@pytest.mark.slow
 def test_what_is_done_is_not_decoded_again(tmp_path: Path) -> None:
     overrides = (*SMALL, "checkpoint=bundled:tiny_dflash")
     assert evaluate(tmp_path, *overrides).returncode == 0
@@ -161,7 +160,6 @@ def test_overrides_that_fit(overrides: list[str]) -> None:
     assert problem(ROOT / "configs", "eval", overrides) is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, messages",
     [
@@ -181,7 +179,6 @@ def test_refused_before_a_model_is_loaded(tmp_path: Path, overrides: list[str], 
     refused(evaluate(tmp_path, NO_TARGET, *overrides), *messages)
 
 
-@pytest.mark.slow
 def test_other_prompts_of_the_same_name_are_no_continuation(tmp_path: Path) -> None:
     """Results of one file may not be shown as another's."""
     path = tmp_path / "mine.jsonl"
@@ -192,7 +189,6 @@ def test_other_prompts_of_the_same_name_are_no_continuation(tmp_path: Path) -> N
     refused(evaluate(tmp_path / "run", *overrides), "use another hydra.run.dir")
 
 
-@pytest.mark.slow
 def test_a_running_server(tmp_path: Path) -> None:
     """No drafter and no target is loaded here."""
     with serving(Engine([2, 1])) as drafted, serving(Engine()) as plain:
@@ -212,7 +208,6 @@ def test_a_running_server(tmp_path: Path) -> None:
     assert (tmp_path / "table.md").exists()
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "overrides, message",
     [
@@ -253,7 +248,7 @@ def test_help_names_every_option() -> None:
 
 def test_the_checkpoints_block_size_is_kept() -> None:
     """Some targets suggest a block size for fresh drafters."""
-    done = command("target=qwen3_4b", "checkpoint=DIR", "--cfg", "job", "--resolve")
+    done = in_process("eval.py", "target=qwen3_4b", "checkpoint=DIR", "--cfg", "job", "--resolve")
     config = yaml.safe_load(done.stdout)
     assert config["checkpoint"] == "DIR" and config["block_size"] is None
 
@@ -371,7 +366,6 @@ def test_benchmarks_and_files_that_do_not_go_together(
         read_benchmarks(config, 1)
 
 
-@pytest.mark.slow
 def test_a_server_takes_no_drafter_of_ours(tmp_path: Path) -> None:
     done = evaluate(tmp_path, "engine=server", "engine.url=http://127.0.0.1:9", "checkpoint=bundled:tiny_dflash")
     refused(done, "checkpoint=bundled:tiny_dflash would have no effect")

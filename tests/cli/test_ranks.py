@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.runs import DRAFTER, SMALL, Script, scalars
+from tests.support.runs import DRAFTER, SMALL, Script, in_process, scalars
 from torch import Tensor
 
 from draftopd.drafters.dflash import DFlashDrafter
@@ -36,7 +36,8 @@ def test_two_processes_take_the_step_of_one(
 ) -> None:
     def run(name: str, *overrides: str) -> Path:
         directory = tmp_path / name
-        done = script(
+        train = script if TWO[0] in overrides else in_process
+        done = train(
             "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COMMON,
             f"loss={loss}", *overrides, f"hydra.run.dir={directory}",
         )  # fmt: skip
@@ -61,7 +62,8 @@ def test_two_processes_roll_out_and_one_goes_on(
     """Draft-OPD on two ranks, one of which decodes more prompts, then the same run continued by one."""
 
     def run(*overrides: str) -> dict[str, float]:
-        done = script(
+        train = script if TWO[0] in overrides else in_process
+        done = train(
             "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL,
             "data.prompts_per_refresh=7", "data.batches_per_epoch=2", "data.validation_count=3",
             "data.validation_batch_size=1", "rollout.batch_size=1", "trainer.accelerator=cpu",

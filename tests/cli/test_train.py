@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tests.support.faults import flip, flip_weights
 from tests.support.models import KINDS
 from tests.support.paths import ROOT
-from tests.support.runs import DRAFTER, SMALL, Script, events
+from tests.support.runs import DRAFTER, SMALL, Script, events, in_process
 
 from draftopd.cli.report import FORMAT
 from draftopd.cli.runs import find, rows
@@ -66,9 +66,9 @@ def test_operations_and_test_prompts_are_reported(finished: Path) -> None:
     assert row["steps"] == 4 and row["test_tokens"] == sum(emitted) and row["gflop_total"] > 0
 
 
-def test_a_finished_run_is_not_run_again(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
+def test_a_finished_run_is_not_run_again(finished: Path, chat_targets: dict[str, str]) -> None:
     before = (finished / "report.json").read_bytes()
-    done = script(
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COUNTED,
         f"hydra.run.dir={finished}",
     )  # fmt: skip
@@ -96,8 +96,8 @@ def test_the_last_checkpoint_is_of_the_last_step_whatever_tau_did(finished: Path
     assert all(torch.equal(exported[k].to(written[k].dtype), written[k]) for k in written)
 
 
-def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
-    done = script(
+def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str, str]) -> None:
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3",
         f"hydra.run.dir={finished}",
     )  # fmt: skip
@@ -109,19 +109,17 @@ def test_the_same_command_again_continues(finished: Path, chat_targets: dict[str
     assert not (finished / "test.json").exists()  # of the run before, whose prompts this one did not test
 
 
-def test_another_drafter_is_refused_and_another_loss_told(
-    finished: Path, chat_targets: dict[str, str], script: Script
-) -> None:
+def test_another_drafter_is_refused_and_another_loss_told(finished: Path, chat_targets: dict[str, str]) -> None:
     common = ["train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *SMALL, f"hydra.run.dir={finished}"]
-    done = script(*common, "drafter.num_layers=2", "drafter.block_size=4", "trainer.max_epochs=3")
+    done = in_process(*common, "drafter.num_layers=2", "drafter.block_size=4", "trainer.max_epochs=3")
     assert done.returncode == 1 and "a run of another drafter (drafter.num_layers differ)" in done.stderr
-    done = script(*common, *DRAFTER, "trainer.max_epochs=3", "loss=reverse_kl", "loss.gamma=0.9")
+    done = in_process(*common, *DRAFTER, "trainer.max_epochs=3", "loss=reverse_kl", "loss.gamma=0.9")
     told = done.stdout + done.stderr
     assert done.returncode == 0 and re.search(r"with other settings than it had: .*loss\._target_", told)
 
 
-def test_the_last_epoch_is_validated(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
-    done = script(
+def test_the_last_epoch_is_validated(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=3",
         "trainer.check_val_every_n_epoch=2", "validate_first=false", f"hydra.run.dir={tmp_path}",
     )  # fmt: skip
@@ -130,9 +128,9 @@ def test_the_last_epoch_is_validated(tmp_path: Path, chat_targets: dict[str, str
     assert (tmp_path / "checkpoints" / "best.ckpt").exists()
 
 
-def test_fewer_epochs_than_there_were_are_refused(finished: Path, chat_targets: dict[str, str], script: Script) -> None:
+def test_fewer_epochs_than_there_were_are_refused(finished: Path, chat_targets: dict[str, str]) -> None:
     before = {name: (finished / name).read_bytes() for name in ("report.json", "config.yaml")}
-    done = script(
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "trainer.max_epochs=1",
         f"hydra.run.dir={finished}",
     )  # fmt: skip
@@ -141,14 +139,12 @@ def test_fewer_epochs_than_there_were_are_refused(finished: Path, chat_targets: 
     assert {name: (finished / name).read_bytes() for name in before} == before
 
 
-def test_damaged_files_are_named_and_the_run_goes_on(
-    finished: Path, chat_targets: dict[str, str], script: Script
-) -> None:
+def test_damaged_files_are_named_and_the_run_goes_on(finished: Path, chat_targets: dict[str, str]) -> None:
     """A bit flipped in the buffer, another in the last checkpoint; no refresh is due."""
     epochs = torch.load(finished / "checkpoints" / "previous.ckpt", weights_only=True)["epoch"] + 1
     flip(next((finished / "anchors").glob("generation-*/shard-*")))
     flip_weights(finished / "checkpoints" / "last.ckpt")
-    done = script(
+    done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, "refresh.every_n_epochs=0",
         f"trainer.max_epochs={epochs + 2}", f"hydra.run.dir={finished}",
     )  # fmt: skip
@@ -169,28 +165,30 @@ def test_a_second_run_in_the_directory_is_refused(finished: Path, script: Script
     assert {path: path.stat().st_mtime_ns for path in finished.glob("*.json")} == before
 
 
+FAMILIES = [*((kind, "dflash") for kind in KINDS), ("qwen3", "eagle3"), ("gemma3", "eagle3"), ("qwen3", "mtp")]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("kind", "drafts"),
-    [*((kind, "dflash") for kind in KINDS), ("qwen3", "eagle3"), ("gemma3", "eagle3"), ("qwen3", "mtp")],
-)
+@pytest.mark.parametrize(("kind", "drafts"), FAMILIES)
 def test_every_family_from_sft_to_lossless_decoding(
     kind: str, drafts: str, tmp_path: Path, chat_targets: dict[str, str], script: Script
 ) -> None:
+    """The first by the commands in processes of their own, the others here."""
+    command = script if (kind, drafts) == FAMILIES[0] else in_process
     target = (f"target={'qwen3_30b_a3b' if kind == 'qwen3_moe' else 'hf'}", f"target.path={chat_targets[kind]}")
     before = load_file(Path(chat_targets[kind]) / "model.safetensors")
     sft, opd = tmp_path / "sft", tmp_path / "opd"
     own = {"dflash": ("drafter.num_layers=1",), "eagle3": ("drafter.draft_vocab_size=150",), "mtp": ()}[drafts]
     shape = ("target.dtype=float32", f"drafter={drafts}", "drafter.block_size=4", *own)
-    done = script("train.py", "experiment=sft", *target, *shape, *SMALL, f"hydra.run.dir={sft}")
+    done = command("train.py", "experiment=sft", *target, *shape, *SMALL, f"hydra.run.dir={sft}")
     assert done.returncode == 0, done.stderr
     start = f"drafter.checkpoint={sft / 'drafter'}"
-    done = script(
+    done = command(
         "train.py", "rollout=decode_free", "loss.rejected_weight=1", *target, *shape, start, *SMALL,
         f"hydra.run.dir={opd}",
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    done = script(
+    done = command(
         "eval.py", *target, "target.dtype=float32", f"checkpoint={opd / 'drafter'}", "limit=4", "max_new_tokens=12",
         f"hydra.run.dir={tmp_path / 'eval'}",
     )  # fmt: skip
@@ -201,9 +199,8 @@ def test_every_family_from_sft_to_lossless_decoding(
     assert all(torch.equal(after[k], before[k]) for k in before)
 
 
-@pytest.mark.slow
-def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str], script: Script) -> None:
-    done = script(
+def test_sft_from_scratch(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+    done = in_process(
         "train.py", "experiment=sft", "target=hf", f"target.path={chat_targets['qwen3']}", "drafter.num_layers=1",
         *SMALL, f"hydra.run.dir={tmp_path}",
     )  # fmt: skip

@@ -7,8 +7,7 @@ from itertools import product
 
 import pytest
 import torch
-from tests.decoding.test_verify import CORRECT, WRONG
-from tests.support.laws import SAMPLES, VOCAB, ChiSquare, Laws
+from tests.support.laws import CORRECT, SAMPLES, VOCAB, WRONG, ChiSquare, Laws
 from torch import Tensor
 
 from draftopd.decoding import coupling

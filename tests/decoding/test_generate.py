@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from tests.support.laws import correction_from_target
-from tests.support.models import DRAFTERS, KINDS, MakeDrafter
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter, MakeTarget
 from torch import Tensor
 
 from draftopd.bundled.problems import problems
@@ -158,16 +158,16 @@ def prompts() -> list[list[int]]:
 
 
 @pytest.fixture(scope="module")
-def continued(target_dirs: dict[str, Path], prompts: list[list[int]]) -> list[list[int]]:
+def continued(make_target: MakeTarget, prompts: list[list[int]]) -> list[list[int]]:
     """Each prompt's greedy continuation, beyond the response limit."""
-    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
+    target = make_target("qwen3")
     return [greedy_reference(target, prompt, NEW_TOKENS + 8, frozenset()) for prompt in prompts]
 
 
 @pytest.fixture(scope="module")
-def text(target_dirs: dict[str, Path]) -> tuple[list[int], list[int]]:
+def text(make_target: MakeTarget) -> tuple[list[int], list[int]]:
     """A prompt and its greedy continuation, whose first six tokens differ."""
-    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
+    target = make_target("qwen3")
     for prompt in random_prompts(200, seed=3):
         if len(set(greedy_reference(target, prompt, 6, frozenset()))) == 6:
             return prompt, greedy_reference(target, prompt, 20, frozenset())
@@ -227,9 +227,9 @@ class TestGreedy:
 
     @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "qwen3"])
     def test_other_kinds_of_target(
-        self, kind: str, target_dirs: dict[str, Path], make_any: MakeDrafter, prompts: list[list[int]]
+        self, kind: str, make_target: MakeTarget, make_any: MakeDrafter, prompts: list[list[int]]
     ) -> None:
-        target = load_target(str(target_dirs[kind]), dtype="float32")
+        target = make_target(kind)
         expected = [greedy_reference(target, prompt, NEW_TOKENS, frozenset()) for prompt in prompts]
         for drafter in (None, *(make_any(drafts, target) for drafts in DRAFTERS)):
             results = decode_all(Decoder(target, drafter, Rules(max_new_tokens=NEW_TOKENS)), prompts, batch_size=5)

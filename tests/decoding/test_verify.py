@@ -7,14 +7,12 @@ from itertools import product
 
 import pytest
 import torch
-from tests.support.laws import SAMPLES, VOCAB, ChiSquare, Laws, number
+from tests.support.laws import CORRECT, SAMPLES, VOCAB, WRONG, ChiSquare, Laws, number
 from torch import Tensor
 
 from draftopd.decoding import verify
 from draftopd.decoding.sampling import draw
 from draftopd.decoding.verify import Verdict, accepted_prefix, residual_at, verify_matching, verify_rejection
-
-CORRECT, WRONG = 1e-3, 1e-9
 
 
 def rejection_p_value(laws: Laws, chi_square: ChiSquare) -> float:

@@ -7,12 +7,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from tests.support.models import DRAFTERS
+from tests.support.models import DRAFTERS, MakeTarget
 
 from draftopd.drafters.base import Drafter
 from draftopd.evaluation import cost
 from draftopd.evaluation.cost import Costs, Prediction, best, block_sizes, measure, predict, predict_bandwidth, tau_of
-from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
 MakeAny = Callable[..., Drafter]
@@ -50,9 +49,9 @@ def weights_of(target: Target) -> int:
 
 @pytest.mark.parametrize("kind", ["qwen3", "llama"])
 @pytest.mark.parametrize("drafter_kind", DRAFTERS)
-def test_bandwidth(kind: str, drafter_kind: str, target_dirs: dict, make_any: MakeAny) -> None:
+def test_bandwidth(kind: str, drafter_kind: str, make_target: MakeTarget, make_any: MakeAny) -> None:
     """A block-parallel drafter is read once a block, an autoregressive one once a proposal."""
-    target = load_target(str(target_dirs[kind]), dtype="float32")
+    target = make_target(kind)
     drafter = make_any(drafter_kind, target, block_size=6)
     found = predict_bandwidth(target, drafter, [0, 2, 5])
     assert [p.block_size for p in found] == [2, 3, 4, 6]

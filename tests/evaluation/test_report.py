@@ -41,7 +41,7 @@ def report(*results: Evaluation, expected: list[Expected] | None = None) -> Repo
 def shown(found: Report, width: int = 80) -> str:
     console = Console(file=io.StringIO(), width=width)
     print_report(found, console)
-    return console.file.getvalue()  # type: ignore[attr-defined]
+    return console.file.getvalue()
 
 
 def strictly(text: str) -> dict:

@@ -235,7 +235,7 @@ def test_table_and_file(tmp_path: Path) -> None:
     ]
     console = Console(file=io.StringIO(), width=80)
     print_served(found, console)
-    text = console.file.getvalue()  # type: ignore[attr-defined]
+    text = console.file.getvalue()
     assert "2.00x" in text and "…" not in text
     write_served(found, tmp_path, {"seed": 3})
     content = json.loads((tmp_path / "served.json").read_text())

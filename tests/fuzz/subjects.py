@@ -122,7 +122,7 @@ def _suites(root: Path) -> Subject:
     def read(data: bytes) -> None:
         (root / "suite.jsonl").write_bytes(data)
         for options in ({"template": "{question}", "id_field": "id"}, {"turns_field": ["turns"]}):
-            Suite("own", "no/such", path=str(root / "suite.jsonl"), **options).examples()  # type: ignore[arg-type]
+            Suite("own", "no/such", path=str(root / "suite.jsonl"), **options).examples()
 
     return Subject([_lines(rows)], read)
 

@@ -147,7 +147,7 @@ def test_a_full_disk_keeps_the_texts_before(tmp_path: Path) -> None:
 )
 def test_json_that_is_not_what_was_written(damage: Callable[[str], str | None], message: str, tmp_path: Path) -> None:
     path = tmp_path / "report.json"
-    write_json(path, {"steps": 12, "tau": 1 / 3, "lost": float("nan"), 3: ("a",)}, 1)  # type: ignore[dict-item]
+    write_json(path, {"steps": 12, "tau": 1 / 3, "lost": float("nan"), 3: ("a",)}, 1)
     assert read_json(path, 1)["steps"] == 12
     text = damage(path.read_text())
     if text is None:

@@ -71,7 +71,8 @@ def test_blocks_cut_short_bias_no_position() -> None:
     assert rates.compute() == pytest.approx([0.8] * slots, abs=0.025)
 
 
-def make_blocks(seed: int = 0) -> Blocks:
+def random_blocks(seed: int = 0) -> Blocks:
+    """Five blocks of three slots over seven tokens, one slot of which does not count."""
     generator = torch.Generator().manual_seed(seed)
     module = nn.Linear(4, 7, bias=False).requires_grad_(False)
     module.weight.copy_(torch.randn(7, 4, generator=generator))
@@ -83,7 +84,7 @@ def make_blocks(seed: int = 0) -> Blocks:
 
 
 def test_agreement_against_loops() -> None:
-    blocks = make_blocks()
+    blocks = random_blocks()
     q, p = blocks.head.logits(blocks.draft_states).softmax(-1), blocks.head.logits(blocks.target_states).softmax(-1)
     found = slot_agreement(blocks)
     overlap, draft, target = found
@@ -113,7 +114,7 @@ def test_expected_accepted_length_is_what_rejection_sampling_accepts() -> None:
 
 def test_agreement_needs_scored_blocks() -> None:
     with pytest.raises(ValueError, match="target's states"):
-        slot_agreement(Blocks(**{**make_blocks().__dict__, "target_states": None}))
+        slot_agreement(Blocks(**{**random_blocks().__dict__, "target_states": None}))
 
 
 def entropies(seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -146,7 +147,7 @@ def _worker(rank: int, directory: str) -> None:
     tau.update([[4, 2], [1]] if rank == 0 else [[3]])
     for metric in (rates, histogram):
         metric.update(torch.tensor([0, 3] if rank == 0 else [2, 1, 3]))
-    agreement.update(make_blocks(rank), slot_agreement(make_blocks(rank)))
+    agreement.update(random_blocks(rank), slot_agreement(random_blocks(rank)))
     by_entropy.update(*entropies(rank))
     found = {
         "micro": float(tau.compute()["micro"]),
@@ -172,7 +173,7 @@ def test_two_processes_reduce_to_one_result(tmp_path: Path) -> None:
     assert first["histogram"] == histogram.compute().tolist()
     together = Agreement()
     for seed in range(2):
-        together.update(make_blocks(seed), slot_agreement(make_blocks(seed)))
+        together.update(random_blocks(seed), slot_agreement(random_blocks(seed)))
     assert first["length"] == pytest.approx(float(together.compute()["expected_accepted_length"]))
     pooled = EntropyAcceptance()
     for seed in range(2):

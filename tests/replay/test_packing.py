@@ -12,7 +12,7 @@ from hydra.utils import instantiate
 from lightning.fabric.utilities import move_data_to_device
 from tests.support.batches import replay
 from tests.support.losses import LOSSES, loss_config
-from tests.support.models import DRAFTERS, KINDS, MakeDrafter
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter, MakeTarget
 from torch import Tensor
 
 from draftopd.decoding.rules import Rules
@@ -26,7 +26,6 @@ from draftopd.replay.replay import read
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.walk import Walker
-from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 from draftopd.training.datamodule import ReplayDataModule
 from draftopd.training.loader import ReplayDataset, ReplayLoader, ReplaySampler
@@ -72,7 +71,7 @@ def batches(texts: list[Recorded], choice: str = "visited", limit: int | None = 
     """The same texts and anchors, a row each and packed."""
 
     def collate(pack_to: int | None) -> ReplayBatch:
-        policy = AnchorPolicy(choice, limit, 3)  # type: ignore[arg-type]
+        policy = AnchorPolicy(choice, limit, 3)
         loader = ReplayLoader(ReplayDataset(Path()), ReplaySampler(1, 9, 0), policy, pad=7, pack_to=pack_to)
         return loader.collate(texts, torch.Generator().manual_seed(0))
 
@@ -90,9 +89,9 @@ def order(plain: ReplayBatch, packed: ReplayBatch) -> Tensor:
     return torch.cat([own[i] for i in packed.layout.rows.argsort(stable=True).tolist()])
 
 
-def load(target_dirs: dict[str, Path], kind: str) -> Target:
+def load(make_target: MakeTarget, kind: str) -> Target:
     # Experts are multiplied in float32 at most.
-    return load_target(str(target_dirs[kind]), dtype="float32" if kind in ("qwen3_moe", "gpt_oss") else "float64")
+    return make_target(kind, dtype="float32" if kind in ("qwen3_moe", "gpt_oss") else "float64")
 
 
 def same(found: Blocks, expected: Blocks, places: Tensor) -> None:
@@ -114,9 +113,9 @@ def same(found: Blocks, expected: Blocks, places: Tensor) -> None:
 @pytest.mark.parametrize("drafts", ["dflash", "mtp"])
 @pytest.mark.parametrize("scope", ["proposals", "recorded", "none"])
 def test_packed_blocks_are_the_same_with_every_target(
-    scope: Scope, drafts: str, kind: str, target_dirs, make_any: MakeDrafter
+    scope: Scope, drafts: str, kind: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
-    target = load(target_dirs, kind)
+    target = load(make_target, kind)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     plain, packed = batches(records())
@@ -129,9 +128,11 @@ def test_packed_blocks_are_the_same_with_every_target(
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
 @pytest.mark.parametrize("choice", ["visited", "random"])
-def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, target_dirs, make_any: MakeDrafter) -> None:
+def test_packed_losses_and_gradients_are_the_same(
+    choice: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
     """Every loss as configured; with random anchors on the recorded text."""
-    target = load(target_dirs, "qwen3")
+    target = load(make_target, "qwen3")
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     both = batches(records(), choice)
@@ -155,8 +156,10 @@ def test_packed_losses_and_gradients_are_the_same(choice: str, drafts: str, targ
 
 @pytest.mark.parametrize("kind", ["qwen3", "gemma3"])
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_dirs, make_any: MakeDrafter) -> None:
-    target = load(target_dirs, kind)
+def test_a_sequence_does_not_see_its_neighbours(
+    drafts: str, kind: str, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
+    target = load(make_target, kind)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     _, batch = batches(records())
@@ -175,7 +178,7 @@ def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_d
     assert own.sum() > 3
     for scope in ("proposals", "recorded", "none"):
         found, changed = (
-            replay(target, drafter, b, Sampling(), frozenset(), scope)  # type: ignore[arg-type]
+            replay(target, drafter, b, Sampling(), frozenset(), scope)
             for b in (batch._replace(anchor_mask=mask), batch._replace(ids=ids, anchor_mask=mask))
         )
         same(changed, found, torch.arange(int(own.sum())))
@@ -183,8 +186,10 @@ def test_a_sequence_does_not_see_its_neighbours(drafts: str, kind: str, target_d
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
 @pytest.mark.parametrize("drafts", ["dflash", "eagle3"])
-def test_fresh_anchors_are_the_same(drafts: str, temperature: float, target_dirs, make_any: MakeDrafter) -> None:
-    target, sampling = load(target_dirs, "gemma3"), Sampling(temperature)
+def test_fresh_anchors_are_the_same(
+    drafts: str, temperature: float, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
+    target, sampling = load(make_target, "gemma3"), Sampling(temperature)
     drafter = make_any(drafts, target).to(target.dtype)
     target.tap(drafter.target_layer_ids)
     fresh = FreshAnchors(Walker(Rules(sampling), parallel_below=3), AnchorPolicy("visited", 5, 3))
@@ -227,4 +232,4 @@ def test_a_target_that_attends_its_own_way_is_refused(target: Target) -> None:
 
 def test_rows_of_no_tokens_are_refused() -> None:
     with pytest.raises(ValueError, match="pack_to must be 1 or more"):
-        ReplayDataModule(None, None, 1, 1, pack_to=0)  # type: ignore[arg-type]
+        ReplayDataModule(None, None, 1, 1, pack_to=0)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from tests.support.batches import as_batch, decode, replay
-from tests.support.models import DRAFTERS, KINDS, MakeDrafter
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter, MakeTarget
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.rules import Rules
@@ -15,16 +15,15 @@ from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
-from draftopd.targets.load import load_target
 from draftopd.targets.target import Target
 
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafts", DRAFTERS)
 def test_replay_at_visited_anchors_repeats_the_rollout(
-    kind: str, drafts: str, target_dirs, make_any: MakeDrafter
+    kind: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
-    target = load_target(str(target_dirs[kind]), dtype="float32")
+    target = make_target(kind)
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
     blocks = replay(target, drafter, as_batch(decoded), Sampling(), frozenset())
@@ -65,9 +64,7 @@ def test_replay_repeats_the_rollout_of_the_bundled_pair(bundled_pair) -> None:
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_teacher_states_are_the_targets_on_prefix_and_proposals(
-    drafts: str, target: Target, make_any: MakeDrafter
-) -> None:
+def test_target_states_are_those_on_prefix_and_proposals(drafts: str, target: Target, make_any: MakeDrafter) -> None:
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter, count=3)
     blocks = replay(target, drafter, as_batch(decoded, blocks=4), Sampling(), frozenset())
@@ -118,7 +115,7 @@ def test_recorded_slots_end_with_the_text(target: Target, make_drafter: MakeDraf
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_a_teacher_on_the_recorded_text(drafts: str, target: Target, make_any: MakeDrafter) -> None:
+def test_target_states_on_the_recorded_text(drafts: str, target: Target, make_any: MakeDrafter) -> None:
     """Its states are those before each recorded token; an autoregressive drafter goes on from recorded tokens."""
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter, count=3)
@@ -228,9 +225,11 @@ def test_target_only_verification_in_replay(
 
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
-def test_cross_entropy_is_the_same_without_proposals(drafts: str, target_dirs, make_any: MakeDrafter) -> None:
+def test_cross_entropy_is_the_same_without_proposals(
+    drafts: str, make_target: MakeTarget, make_any: MakeDrafter
+) -> None:
     """Where both streams are alike no slot's weight depends on what was proposed."""
-    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
+    target = make_target("qwen3")
     drafter = make_any(drafts, target)
     batch, loss = as_batch(decode(target, drafter)), CrossEntropy()
     assert not loss.uses_proposals and CrossEntropy(accept_until_fail=True).uses_proposals
@@ -243,9 +242,9 @@ def test_cross_entropy_is_the_same_without_proposals(drafts: str, target_dirs, m
 
 @pytest.mark.parametrize("drafts", DRAFTERS)
 def test_activation_checkpointing_keeps_less_and_changes_no_gradient(
-    drafts: str, target_dirs, make_any: MakeDrafter
+    drafts: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
-    target = load_target(str(target_dirs["qwen3"]), dtype="float32")
+    target = make_target("qwen3")
     drafter = make_any(drafts, target)
     batch = as_batch(decode(target, drafter))
 

@@ -58,9 +58,9 @@ def test_all_positions_whatever_the_limit() -> None:
 
 @pytest.mark.parametrize("choice", ["random", "all"])
 def test_a_response_of_one_token_has_no_anchor(choice: str) -> None:
-    assert choose(AnchorPolicy(choice, 4, 3), [], [], 5, 6) == []  # type: ignore[arg-type]
+    assert choose(AnchorPolicy(choice, 4, 3), [], [], 5, 6) == []
 
 
 def test_unknown_choice() -> None:
     with pytest.raises(ValueError, match="visited, error, random, all, found 'some'"):
-        AnchorPolicy("some", 1, 3)  # type: ignore[arg-type]
+        AnchorPolicy("some", 1, 3)

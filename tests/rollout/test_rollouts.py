@@ -7,11 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from tests.support.batches import replay
+from tests.support.batches import chosen_batch, replay
 from tests.support.models import MakeRequest
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Scope
 from draftopd.replay.fresh import FreshAnchors
 from draftopd.replay.replay import draft, read
@@ -25,12 +24,6 @@ from draftopd.rollout.walk import text_seed
 
 def flat(rollout: Rollout, request: Request) -> list[Recorded]:
     return [record for batch in rollout.collect(request) for record in batch]
-
-
-def as_batch(records: list[Recorded], policy: AnchorPolicy) -> ReplayBatch:
-    generator = torch.Generator().manual_seed(0)
-    chosen = [policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
-    return ReplayBatch.collate(records, chosen, pad=7)
 
 
 @pytest.mark.parametrize("batch_size", [1, 5, 64])
@@ -76,8 +69,8 @@ def test_a_replay_with_fresh_anchors_is_one_at_recorded_anchors(
     texts = InProcessTrajectories(str(tmp_path))
     policy = AnchorPolicy(choice, None, request.drafter.num_proposals)
     fresh = FreshAnchors(FreshRollout(texts).walker(request.rules), policy)
-    recorded = as_batch(flat(DecodeFreeRollout(texts), request), policy)
-    bare = as_batch(flat(FreshRollout(texts), request), policy)
+    recorded = chosen_batch(flat(DecodeFreeRollout(texts), request), policy)
+    bare = chosen_batch(flat(FreshRollout(texts), request), policy)
     assert not bare.anchor_mask.any()
     reading = read(request.target, bare, states=scope != "none")
     found = fresh.renew(request.target, request.drafter, bare, reading, seed=0, step=9)
@@ -96,7 +89,7 @@ def test_fresh_anchors_above_temperature_zero(tmp_path: Path, make_request: Make
     policy = AnchorPolicy("visited", 3, request.drafter.num_proposals)
     fresh = FreshAnchors(rollout.walker(request.rules), policy)
     assert fresh.needs_states
-    bare = as_batch(flat(rollout, request), policy)
+    bare = chosen_batch(flat(rollout, request), policy)
     reading = read(request.target, bare)
 
     def chosen(seed: int) -> list[list[int]]:

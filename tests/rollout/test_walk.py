@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import pytest
 import torch
 from scipy import stats
-from tests.support.models import DRAFTERS, KINDS, MakeDrafter
+from tests.support.models import DRAFTERS, KINDS, MakeDrafter, MakeTarget
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding import coupling
@@ -57,9 +57,9 @@ WAYS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafts", ("dflash", "eagle3_reduced", "mtp"))
 def test_greedy_anchors_are_those_of_decoding(
-    way: str, kind: str, drafts: str, target_dirs, make_any: MakeDrafter
+    way: str, kind: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
-    target = load_target(str(target_dirs[kind]), dtype="float32")
+    target = make_target(kind)
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
     assert walk(target, drafter, decoded, Walker(Rules(), **WAYS[way])) == [as_visited(d) for d in decoded]

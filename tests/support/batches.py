@@ -12,6 +12,8 @@ from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
 from draftopd.replay.replay import draft, read
+from draftopd.rollout.anchors import AnchorPolicy
+from draftopd.rollout.buffer import Recorded
 from draftopd.targets.target import Target
 
 
@@ -54,3 +56,10 @@ def replay(
         forced=scope in ("recorded", "none"), propose=propose, generator=generator,
     )  # fmt: skip
     return drafts.scored() if measured else drafts.blocks(scope)
+
+
+def chosen_batch(records: list[Recorded], policy: AnchorPolicy) -> ReplayBatch:
+    """Recorded texts at the anchors that a policy chooses."""
+    generator = torch.Generator().manual_seed(0)
+    chosen = [policy.choose(r.anchors, r.accepted, r.prompt_length, len(r.tokens), generator) for r in records]
+    return ReplayBatch.collate(records, chosen, pad=7)

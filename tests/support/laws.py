@@ -15,6 +15,9 @@ VOCAB = 5
 
 SAMPLES = 300_000
 
+#: A right implementation lies above the first p-value, a wrong one is to lie below the second.
+CORRECT, WRONG = 1e-3, 1e-9
+
 
 ChiSquare = Callable[[Tensor, Tensor], float]
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from draftopd.drafters.base import Drafter
+from draftopd.targets.target import Target
 
 SHAPE = {
     "vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 4, "num_key_value_heads": 2,
@@ -80,6 +81,9 @@ def small_model(kind: str, **changes: object) -> PreTrainedModel:
 #: Kinds of drafter; ``eagle3_reduced`` proposes only part of the vocabulary.
 DRAFTERS = ("dflash", "eagle3", "eagle3_reduced", "mtp")
 
+
+#: A fixture that hands out copies of small targets.
+MakeTarget = Callable[..., Target]
 
 #: A fixture that builds drafters with random weights.
 MakeDrafter = Callable[..., Drafter]

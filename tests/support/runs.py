@@ -1,12 +1,23 @@
-"""Runs of the commands in processes of their own."""
+"""Runs of the commands, in this process or in processes of their own, and what they leave."""
 
 from __future__ import annotations
 
+import io
+import logging
+import os
+import runpy
 import subprocess
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, redirect_stderr, redirect_stdout
 from pathlib import Path
+from unittest import mock
 
+import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tests.support.paths import ROOT
+
+from draftopd.cli import app
 
 Script = Callable[..., "subprocess.CompletedProcess[str]"]
 
@@ -22,6 +33,48 @@ SMALL = (
 
 #: A fresh drafter of one layer.
 DRAFTER = ("drafter.num_layers=1", "drafter.block_size=4")
+
+
+def in_process(name: str, *overrides: str) -> subprocess.CompletedProcess[str]:
+    """Runs ``train.py`` or ``eval.py`` as the fixture ``script`` does, but here: without seconds of imports.
+
+    All but the end of the process is the command's own. What has to do with processes (signals, exit, several ranks,
+    what is imported when) needs ``script``.
+    """
+    out, err, status = io.StringIO(), io.StringIO(), None
+    command = [str(ROOT / name), *overrides]
+    with (
+        mock.patch.dict(os.environ, {"COLUMNS": "200"}),
+        mock.patch.object(sys, "argv", command),
+        mock.patch.object(app, "_leave", sys.exit),
+        torch.random.fork_rng([]),
+        _own_logging(),
+        redirect_stdout(out),
+        redirect_stderr(err),
+    ):
+        try:
+            runpy.run_path(command[0], run_name="__main__")
+        except SystemExit as ended:
+            status = ended.code
+    if isinstance(status, str):
+        print(status, file=err)
+        status = 1
+    return subprocess.CompletedProcess(command, status or 0, out.getvalue(), err.getvalue())
+
+
+@contextmanager
+def _own_logging() -> Iterator[None]:
+    """Hydra gives each job handlers of its own, for its directory."""
+    root = logging.getLogger()
+    before, level = list(root.handlers), root.level
+    try:
+        yield
+    finally:
+        for handler in root.handlers:
+            if handler not in before:
+                handler.close()
+        root.handlers[:] = before
+        root.setLevel(level)
 
 
 def events(run: Path) -> EventAccumulator:

@@ -98,7 +98,7 @@ class Server:
                 pass
 
         self.http = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self.http.handle_error = lambda *_: None  # type: ignore[method-assign]  # clients that hung up
+        self.http.handle_error = lambda *_: None  # clients that hung up
         self.url = f"http://127.0.0.1:{self.http.server_port}"
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from tests.support.models import KINDS
+from tests.support.models import KINDS, MakeTarget
+from tests.support.reference import close
 from torch import Tensor, nn
 from transformers import (
     AutoModelForCausalLM,
@@ -27,15 +30,13 @@ from draftopd.targets.target import Target
 
 BATCH, LENGTH = 3, 21
 
-
-def close(found: Tensor, expected: Tensor, tolerance: float = 1e-5) -> bool:
-    """Equal up to rounding, measured against the largest entry."""
-    assert found.shape == expected.shape
-    return float((found - expected).abs().max()) <= tolerance * max(1.0, float(expected.abs().max()))
+Plain = Callable[[str], PreTrainedModel]
 
 
-def plain(target_dirs: dict[str, Path], kind: str) -> PreTrainedModel:
-    return AutoModelForCausalLM.from_pretrained(target_dirs[kind], dtype="float32").eval()
+@pytest.fixture(scope="session")
+def plain(target_dirs: dict[str, Path]) -> Plain:
+    """``(kind) -> model``, read once by transformers itself; it is only read from, and keeps nothing."""
+    return functools.cache(lambda kind: AutoModelForCausalLM.from_pretrained(target_dirs[kind], dtype="float32").eval())
 
 
 def random_tokens(*shape: int, seed: int = 0) -> Tensor:
@@ -63,15 +64,15 @@ def kind(case: tuple[str, str]) -> str:
 
 
 @pytest.fixture
-def loaded(case: tuple[str, str], target_dirs: dict[str, Path]) -> Target:
-    target = load_target(str(target_dirs[case[0]]), dtype="float32", attn_implementation=case[1])
+def loaded(case: tuple[str, str], make_target: MakeTarget) -> Target:
+    target = make_target(case[0], attn_implementation=case[1])
     assert target.config._attn_implementation == case[1]
     return target
 
 
-def test_reading_at_once(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+def test_reading_at_once(loaded: Target, kind: str, plain: Plain) -> None:
     ids = random_tokens(BATCH, LENGTH)
-    model = plain(target_dirs, kind)
+    model = plain(kind)
     reading = loaded.read(ids, loaded.new_cache(LENGTH))
     assert close(reading.hidden, states(model, ids))
     assert reading.features.shape == (BATCH, LENGTH, 0)
@@ -79,17 +80,17 @@ def test_reading_at_once(loaded: Target, kind: str, target_dirs: dict[str, Path]
         assert close(loaded.head.logits(reading.hidden), model(ids).logits)
 
 
-def test_reading_token_by_token(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+def test_reading_token_by_token(loaded: Target, kind: str, plain: Plain) -> None:
     ids = random_tokens(BATCH, LENGTH)
     cache = loaded.new_cache(LENGTH)
     read = [loaded.read(ids[:, t : t + 1], cache, torch.full((BATCH, 1), t), t + 1).hidden for t in range(LENGTH)]
-    assert close(torch.cat(read, 1), states(plain(target_dirs, kind), ids))
+    assert close(torch.cat(read, 1), states(plain(kind), ids))
 
 
-def test_reading_ragged_blocks_over_stale_entries(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+def test_reading_ragged_blocks_over_stale_entries(loaded: Target, kind: str, plain: Plain) -> None:
     """As in decoding: rows advance unevenly, and what lies past a row's accepted tokens is rubbish."""
     ids, size = random_tokens(BATCH, LENGTH), 4
-    expected = states(plain(target_dirs, kind), ids)
+    expected = states(plain(kind), ids)
     cache = loaded.new_cache(LENGTH + 2 * size)
     lengths = torch.tensor([3, 7, 5])
     prompts = torch.where(torch.arange(7) < lengths[:, None], ids[:, :7], random_tokens(BATCH, 7, seed=1))
@@ -132,8 +133,8 @@ class TestScoreBlocks:
         return anchors, random_tokens(BATCH, 7, self.SIZE, seed=1)
 
     @pytest.fixture
-    def expected(self, kind: str, target_dirs: dict[str, Path], blocks: tuple[Tensor, Tensor]) -> Tensor:
-        model, (anchors, tokens) = plain(target_dirs, kind), blocks
+    def expected(self, kind: str, plain: Plain, blocks: tuple[Tensor, Tensor]) -> Tensor:
+        model, (anchors, tokens) = plain(kind), blocks
         ids = random_tokens(BATCH, LENGTH)
         rows = [
             [
@@ -144,20 +145,19 @@ class TestScoreBlocks:
         ]
         return torch.stack([torch.stack(row) for row in rows])
 
-    @pytest.mark.parametrize("queries", [1, 4, 12, 1024])
     def test_equals_full_forwards(
         self,
         loaded: Target,
         recorded: tuple[Tensor, PositionCache],
         blocks: tuple[Tensor, Tensor],
         expected: Tensor,
-        queries: int,
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        monkeypatch.setattr(target_module, "MAX_BLOCK_QUERIES", queries)
-        scored = loaded.score_blocks(recorded[1], LENGTH, *blocks)
-        assert scored.shape == expected.shape
-        assert close(scored, expected)
+        for queries in (1, 4, 12, 1024):
+            monkeypatch.setattr(target_module, "MAX_BLOCK_QUERIES", queries)
+            scored = loaded.score_blocks(recorded[1], LENGTH, *blocks)
+            assert scored.shape == expected.shape
+            assert close(scored, expected), f"with {queries} queries at once"
 
     def test_computes_the_block_tokens_only(
         self, loaded: Target, recorded: tuple[Tensor, PositionCache], blocks: tuple[Tensor, Tensor]
@@ -185,9 +185,9 @@ class TestScoreBlocks:
         assert not close(changed[8], scored, 1e-2)
 
 
-def test_taps_are_the_layers_outputs(loaded: Target, kind: str, target_dirs: dict[str, Path]) -> None:
+def test_taps_are_the_layers_outputs(loaded: Target, kind: str, plain: Plain) -> None:
     ids = random_tokens(BATCH, LENGTH)
-    model = plain(target_dirs, kind)
+    model = plain(kind)
     with torch.no_grad():
         found = model(ids, output_hidden_states=True)
     for taps in [(1,), (0, 2), (2, 0, 1), (1, 1)]:
@@ -237,11 +237,11 @@ def test_stays_frozen_and_in_eval_mode(target: Target) -> None:
     assert not reading.hidden.requires_grad and not reading.features.requires_grad
 
 
-def test_shape_and_embedding(target: Target, target_dirs: dict[str, Path]) -> None:
+def test_shape_and_embedding(target: Target, target_dirs: dict[str, Path], plain: Plain) -> None:
     assert (target.hidden_size, target.vocab_size, target.num_layers, target.max_positions) == (32, 64, 4, 256)
     assert target.device.type == "cpu" and target.dtype == torch.float32
     ids = random_tokens(2, 5)
-    assert torch.equal(target.embed(ids), plain(target_dirs, "qwen3").get_input_embeddings()(ids))
+    assert torch.equal(target.embed(ids), plain("qwen3").get_input_embeddings()(ids))
     assert load_target(str(target_dirs["qwen3"]), dtype="bfloat16", device="cpu").dtype == torch.bfloat16
 
 

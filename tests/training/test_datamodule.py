@@ -33,7 +33,7 @@ def loader(
     root: Path, batches: int = 10, rank: int = 0, ranks: int = 1, choice: str = "random", seed: int = 0
 ) -> ReplayLoader:
     sampler = ReplaySampler(batches, 4, seed, rank, ranks)
-    return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy(choice, 6, 3), pad=999)  # type: ignore[arg-type]
+    return ReplayLoader(ReplayDataset(root), sampler, AnchorPolicy(choice, 6, 3), pad=999)
 
 
 def epoch(serving: ReplayLoader, number: int) -> list[ReplayBatch]:
@@ -191,7 +191,7 @@ def test_every_rank_needs_a_prompt(held_out: int, rolled_out: int, tmp_path: Pat
     data.attach(tokenizer, tmp_path)
 
     def loaders(ranks: int) -> None:
-        data.trainer = SimpleNamespace(world_size=ranks, global_rank=ranks - 1)  # type: ignore[assignment]
+        data.trainer = SimpleNamespace(world_size=ranks, global_rank=ranks - 1)
         assert len(data.val_dataloader()) and len(data.train_dataloader())
 
     loaders(2)

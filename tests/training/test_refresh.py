@@ -21,7 +21,7 @@ class Refreshing(RefreshAnchors):
     """Notes its rollouts, and writes a buffer without decoding."""
 
     def __init__(self, root: Path, every_n_epochs: int) -> None:
-        super().__init__(None, root, every_n_epochs)  # type: ignore[arg-type]
+        super().__init__(None, root, every_n_epochs)
         self.rolled_out: list[int] = []
 
     def refresh(self, trainer: Any, module: Any, generation: int) -> None:
@@ -74,7 +74,7 @@ def later(root: Path) -> None:
 def test_the_schedule(every: int, epochs: int, expected: list[int], tmp_path: Path) -> None:
     callback = Refreshing(tmp_path, every)
     for epoch in range(epochs):
-        callback.on_train_epoch_start(at(epoch, 10 * epoch), None)  # type: ignore[arg-type]
+        callback.on_train_epoch_start(at(epoch, 10 * epoch), None)
     assert callback.rolled_out == expected
 
 
@@ -85,14 +85,14 @@ def test_a_buffer_that_cannot_be_used_is_made_again(
 ) -> None:
     """In mid-epoch, at the step of the rollout or after it."""
     first = Refreshing(tmp_path / "anchors", 1)
-    first.on_train_epoch_start(at(0, 0), None)  # type: ignore[arg-type]
+    first.on_train_epoch_start(at(0, 0), None)
     whole = resumed(first)
     step = 3 if moved_on else 0
-    whole.on_train_start(at(0, step, mid_epoch=True), None)  # type: ignore[arg-type]
+    whole.on_train_start(at(0, step, mid_epoch=True), None)
     assert whole.rolled_out == [] and not caplog.text
     damage(first.root)
     again = resumed(first)
-    again.on_train_start(at(0, step, mid_epoch=True), None)  # type: ignore[arg-type]
+    again.on_train_start(at(0, step, mid_epoch=True), None)
     assert again.rolled_out == [0]
     manifest = AnchorBuffer.latest(again.root).manifest
     assert (manifest.generation, manifest.step) == (0, step) and again.made == (0, step)
@@ -104,25 +104,25 @@ def test_a_buffer_that_cannot_be_used_is_made_again(
 @pytest.mark.parametrize("every", [0, 3])
 def test_damage_between_refreshes(every: int, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     callback = Refreshing(tmp_path, every)
-    callback.on_train_epoch_start(at(0, 0), None)  # type: ignore[arg-type]
+    callback.on_train_epoch_start(at(0, 0), None)
     flipped(tmp_path)
-    callback.on_train_epoch_start(at(1, 10), None)  # type: ignore[arg-type]
+    callback.on_train_epoch_start(at(1, 10), None)
     assert callback.rolled_out == [0, 0] and "is damaged" in caplog.text and "step 10" in caplog.text
-    callback.on_train_epoch_start(at(2, 20), None)  # type: ignore[arg-type]
+    callback.on_train_epoch_start(at(2, 20), None)
     assert callback.rolled_out == [0, 0]
 
 
 def test_ranks_decide_together(tmp_path: Path) -> None:
     """One that reads the buffer whole rolls out with one that cannot, or it would wait for ever."""
     callback = Refreshing(tmp_path, 0)
-    callback.on_train_epoch_start(at(0, 0), None)  # type: ignore[arg-type]
-    callback.on_train_epoch_start(at(1, 10, all_agree=False), None)  # type: ignore[arg-type]
+    callback.on_train_epoch_start(at(0, 0), None)
+    callback.on_train_epoch_start(at(1, 10, all_agree=False), None)
     assert callback.rolled_out == [0, 0]
 
 
 def test_a_resume_between_epochs_rolls_out_nothing_early(tmp_path: Path) -> None:
     first = Refreshing(tmp_path, 1)
-    first.on_train_epoch_start(at(0, 0), None)  # type: ignore[arg-type]
+    first.on_train_epoch_start(at(0, 0), None)
     again = resumed(first)
-    again.on_train_start(at(1, 10), None)  # type: ignore[arg-type]
+    again.on_train_start(at(1, 10), None)
     assert again.rolled_out == []
