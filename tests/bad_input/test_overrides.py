@@ -28,7 +28,7 @@ OVERRIDES = {
     "what options share": ("loss=base/distilled", "loss=base/distilled does not exist"),
     "group null": ("logger=null", "write ~logger"),
     "key misspelt": ("trainer.max_epoch=3", "trainer.max_epoch is no configuration key: did you mean 'trainer.max_ep"),
-    "key of the module misspelt": ("module.learning_rat=1", "did you mean 'optimizer.lr'?"),
+    "key of the module misspelt": ("module.count_flop=1", "did you mean 'module.count_flops'?"),
     "key of the loss misspelt": ("loss.gama=0.5", "did you mean 'loss.gamma'?"),
     "no value": ("seed", "'seed' is no override: write KEY=VALUE"),
     "bracket left open": ("seed=[1", "'seed=[1' cannot be read"),
@@ -144,8 +144,9 @@ VALUES = {
     "data.thinking=maybe": "data.thinking='maybe' does not fit bool",
     "max_new_tokens=0": "max_new_tokens=0 does not fit int: .*greater than 0",
     "refresh.max_new_tokens=0": "refresh.max_new_tokens=0 does not fit int: .*greater than 0",
-    "top_k=-1": "greater than or equal to 0",
-    "top_p=0": "greater than 0",
+    "temperature=-1": "temperature must be 0 .greedy. or more, found -1",
+    "top_k=-1": "top_k must be",
+    "top_p=0": "top_p must",
     "max_new_tokens=-5": "greater than 0",
     "rollout.batch_size=0": "rollout.batch_size=0 does not fit int",
     "temperature=hot": "temperature='hot' does not fit float",
@@ -163,7 +164,7 @@ VALUES = {
     "schedule.warmup=1.5": "less than or equal to 1",
     "schedule.final=-0.5": "greater than or equal to 0",
     "optimizer.weight_decay=-1": "greater than or equal to 0",
-    "+optimizer.learning_rate=1": "is not an option",
+    "+optimizer.learning_rate=1": "choose from betas, lr",
     "+module.count_flop=1": "did you mean 'count_flops'",
     "seed=-1": "seed=-1 does not fit",
     "seed=x": "seed='x' does not fit",
@@ -179,7 +180,7 @@ def test_values(override: str, message: str, tmp_path: Path) -> None:
         config = compose("train", [override])
 
     def all_checks() -> None:
-        for group in ("data", "rollout", "drafter", "trainer", "loss"):
+        for group in ("data", "rollout", "drafter", "trainer", "loss", "optimizer", "schedule"):
             check(OmegaConf.to_container(config[group], resolve=True), group)
         check_values(config)
 

@@ -28,6 +28,8 @@ def test_losses(name: str) -> None:
 @pytest.mark.parametrize("group", ["rollout", "trajectories"])
 def test_rollouts_and_texts(group: str) -> None:
     for path in (ROOT / "configs" / group).glob("*.yaml"):
+        if path.stem == "plain":
+            continue  # in_process with another value
         config = yaml.safe_load(path.read_text())
         names, _, open_ended = _parameters(_locate(config["_target_"], group))
         assert set(config) - {"_target_"} == names and not open_ended, path.name

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
-from pydantic import Field
+from pydantic import Field, PositiveInt
 
 from draftopd.cli.check import check, check_value
 from draftopd.cli.parts import rules_of
@@ -31,9 +31,10 @@ def check_values(config: DictConfig) -> None:
     check({"_target_": _name(DraftModule), **module}, "module")
     sampling = {name: config[name] for name in ("temperature", "top_k", "top_p")}
     check({"_target_": _name(Sampling), **sampling})
+    rules_of(config)
     check_value(config.verification, Verification, "verification")
     for name in ("max_new_tokens", "refresh.max_new_tokens"):
-        check_value(OmegaConf.select(config, name), Annotated[int, Field(ge=1)], name)
+        check_value(OmegaConf.select(config, name), PositiveInt, name)
     check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
     for name in ("validate_first", "compiled"):
         check_value(config[name], bool, name)

@@ -6,6 +6,7 @@ from omegaconf import DictConfig
 
 from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
+from draftopd.errors import ConfigError
 
 
 def rules_of(config: DictConfig, stop: frozenset[int] = frozenset()) -> Rules:
@@ -13,6 +14,12 @@ def rules_of(config: DictConfig, stop: frozenset[int] = frozenset()) -> Rules:
 
     Args:
         stop: token ids that end a response, which the target and its tokenizer know.
+
+    Raises:
+        ConfigError: if a number lies outside its range.
     """
-    sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    try:
+        sampling = Sampling(config.temperature, config.top_k, config.top_p)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
     return Rules(sampling, config.verification, stop, config.max_new_tokens)

@@ -106,9 +106,8 @@ class DraftModule(L.LightningModule):
     def setup(self, stage: str) -> None:
         if getattr(self.target.model, "hf_device_map", None) is None and self.device_mesh is None:
             self.target.to(self.trainer.strategy.root_device)
-        self._account = StepAccount(
-            self.run.skips, Path(self.trainer.default_root_dir) / "nonfinite", self.keep_nonfinite
-        )
+        directory = Path(self.trainer.default_root_dir) / "nonfinite"
+        self._account = StepAccount(self.drafter, self.run.skips, directory, self.keep_nonfinite)
 
     def configure_model(self) -> None:
         """Spread target and drafter over the processes, where the strategy has a mesh of devices."""

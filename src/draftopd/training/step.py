@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from draftopd.distributed import ranks
 from draftopd.losses.base import LossOutput
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks
-from draftopd.training.nonfinite import Skips, drop_gradients, keep_batch, largest_gradient
+from draftopd.training.nonfinite import Skips, drop_gradients, keep_batch, largest_gradient, nonfinite_gradients
 
 log = logging.getLogger(__name__)
 
@@ -24,13 +24,14 @@ class StepAccount:
     """Adds up the micro-batches of a step on the device, and closes it over all ranks with one transfer.
 
     Args:
+        drafter: whose gradients are looked at where a step is skipped.
         skips: counts the steps that are skipped because they are not finite.
         directory: receives the batches of skipped steps.
         keep: how many of these batches are kept per rank, the newest.
     """
 
-    def __init__(self, skips: Skips, directory: Path, keep: int) -> None:
-        self.skips, self.directory, self.keep = skips, directory, keep
+    def __init__(self, drafter: nn.Module, skips: Skips, directory: Path, keep: int) -> None:
+        self.drafter, self.skips, self.directory, self.keep = drafter, skips, directory, keep
         self._names: list[str] = []
         self._sums: Tensor | None = None
         self.batches: list[ReplayBatch] = []
@@ -91,7 +92,8 @@ class StepAccount:
 
     def _skip(self, optimizer: Optimizer, loss: float, about: dict[str, Any]) -> None:
         self.skips.skipped()
-        about = about | {"skipped_in_a_row": self.skips.in_a_row}
+        wrong = nonfinite_gradients(self.drafter)
+        about = about | {"skipped_in_a_row": self.skips.in_a_row, "nonfinite_gradients": wrong}
         path = keep_batch(self.directory, self.keep, self.batches, torch.stack(self._losses).tolist(), about)
         drop_gradients(optimizer)
         what = "A gradient is not finite" if math.isfinite(loss) else f"The loss is {loss}"
