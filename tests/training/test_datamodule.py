@@ -168,7 +168,7 @@ def test_a_restart_in_mid_epoch_keeps_renewed_anchors(root: Path, stop: int) -> 
     assert broken_log == log
 
 
-def test_anchors_of_no_drafter_have_no_age(root: Path) -> None:
+def test_anchors_without_a_drafter_have_no_age(root: Path) -> None:
     assert {int(x) for batch in loader(root, choice="random") for x in batch.made_at} == {-1}
     assert {int(x) for batch in loader(root, choice="error") for x in batch.made_at} == {0}
 
