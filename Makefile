@@ -37,8 +37,8 @@ train: $(RUN_STAMP) ## Install into .venv and train on the bundled target
 	$(BIN)/python train.py $(ARGS)
 
 # One torch thread a process: more would compete for the cores.
-test: $(DEV_STAMP) ## Install with the dev extra and run all tests
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) $(ARGS)
+test: $(DEV_STAMP) ## Install with the dev extra, run all tests, list the slowest 30
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --durations=30 $(ARGS)
 
 lint: $(DEV_STAMP) ## Check style, format and types
 	$(BIN)/ruff check

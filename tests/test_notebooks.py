@@ -24,8 +24,9 @@ def noise(notebook: Any) -> list[Any]:
     return [o for o in outputs(notebook) if o["output_type"] == "error" or o.get("name") == "stderr"]
 
 
-def test_there_are_notebooks() -> None:
-    assert len(NOTEBOOKS) >= 3
+def test_every_notebook_is_listed_in_the_docs() -> None:
+    listed = re.findall(r"\d\d_\w+\.ipynb", (ROOT / "docs" / "notebooks.md").read_text())
+    assert sorted(set(listed)) == [path.name for path in NOTEBOOKS]
 
 
 @each

@@ -82,7 +82,7 @@ def test_beside_flags(arguments: list[str], message: str) -> None:
     ],
     ids=" ".join,
 )
-def test_nothing_is_wrong_with(arguments: list[str]) -> None:
+def test_correct_overrides_pass(arguments: list[str]) -> None:
     assert foreseen(ROOT / "configs", "train", arguments) is None
 
 
@@ -124,7 +124,7 @@ NODES: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize(("node", "message"), NODES.values(), ids=NODES)
-def test_nodes(node: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_wrong_nodes_are_refused(node: dict[str, Any], message: str, tmp_path: Path) -> None:
     refused(lambda: check({"part": node}), ConfigError, message, tmp_path)
 
 

@@ -98,7 +98,7 @@ def test_prompts(content: bytes, message: str, file: Path) -> None:
 
 
 @pytest.mark.parametrize("path", ["nowhere.jsonl", ".", "a\0b"])
-def test_prompt_files_that_are_none(path: str, tmp_path: Path) -> None:
+def test_files_without_prompts_are_refused(path: str, tmp_path: Path) -> None:
     message = r"(No prompt file|cannot be read).*data.train_prompts.path=FILE"
     refused(lambda: JsonlPrompts(f"{tmp_path}/{path}"), PromptError, message, tmp_path)
 
@@ -132,7 +132,7 @@ def test_recorded_texts(content: bytes, message: str, file: Path, request_: Requ
     refused(act, PromptError, rf"rows\.jsonl.*{message}", file.parent)
 
 
-def test_recorded_files_that_are_none(file: Path) -> None:
+def test_files_without_recorded_texts_are_refused(file: Path) -> None:
     for path in (str(file), str(file.parent), "a\0b"):
         refused(
             lambda path=path: JsonlTrajectories(path), PromptError, "cannot be read.*name a JSON-lines", file.parent
@@ -192,7 +192,7 @@ def test_suites_of_several_turns(row: Any, message: str, file: Path) -> None:
         ({"template": "}"}, "template is none"),
     ],
 )
-def test_suites_that_are_none(options: dict[str, Any], message: str, tmp_path: Path) -> None:
+def test_files_without_a_suite_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
     refused(lambda: Suite("own", "no/such", **options), PromptError, f"benchmark.own.*{message}", tmp_path)
 
 
@@ -239,7 +239,7 @@ def test_results_of_an_earlier_run(marker: bytes, message: str, tmp_path: Path) 
     refused(lambda: ResultStore(tmp_path, {}), FileError, message, tmp_path)
 
 
-def test_rows_of_results_that_are_none(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_lines_that_are_not_results_are_decoded_again(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     """Nothing is refused here, though the checksum fits: the example is decoded again."""
     rows: list[Any] = [
         [1],

@@ -21,7 +21,7 @@ from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.targets.target import Target
 
 
-def test_a_run_directory_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_run_directory_that_cannot_be_made_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "file").write_text("")
     said = problem(ROOT / "configs", "train", [f"hydra.run.dir={tmp_path / 'file' / 'run'}"])
     assert said and f"{tmp_path / 'file'} is a file. Choose another directory (hydra.run.dir=DIR)" in said
@@ -49,19 +49,19 @@ def fails(done: subprocess.CompletedProcess[str], *messages: str) -> None:
         assert message in text, text
 
 
-def test_no_network(tmp_path: Path) -> None:
+def test_a_target_without_a_network_is_refused(tmp_path: Path) -> None:
     done = in_process("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
     fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be had", "target.path=DIR")
 
 
-def test_wrong_type_and_value(tmp_path: Path) -> None:
+def test_a_wrong_type_and_a_wrong_value_are_refused(tmp_path: Path) -> None:
     fails(
         in_process("train.py", "data.batch_size=x", f"hydra.run.dir={tmp_path}"), "data.batch_size='x' does not fit int"
     )
     fails(in_process("train.py", "loss.gamma=2", f"hydra.run.dir={tmp_path}"), "gamma must lie in (0, 1], found 2")
 
 
-def test_drafters_that_cannot_serve(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+def test_drafters_that_cannot_serve_are_refused(tmp_path: Path, chat_targets: dict[str, str]) -> None:
     target = ("target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path / 'run'}", *SMALL)
     fails(in_process("train.py", *target, "drafter.checkpoint=nowhere"), "No drafter in nowhere")
     fails(in_process("train.py", *target, "drafter.block_size=1"), "block_size 1 proposes nothing")
@@ -84,7 +84,7 @@ def test_vocabulary_and_depth_must_fit(target: Target, make_drafter) -> None:
         drafter.check_fits(Target(small_model("qwen3", num_hidden_layers=5)))
 
 
-def test_prompts_that_do_not_fit(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+def test_prompts_that_do_not_fit_are_refused(tmp_path: Path, chat_targets: dict[str, str]) -> None:
     target = (
         "target=hf",
         f"target.path={chat_targets['qwen3']}",
@@ -100,7 +100,7 @@ def test_prompts_that_do_not_fit(tmp_path: Path, chat_targets: dict[str, str]) -
     fails(in_process("train.py", *target, "max_new_tokens=250"), "context of 256", "max_new_tokens")
 
 
-def test_a_loss_that_is_not_finite(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+def test_a_loss_that_is_not_finite_ends_the_run(tmp_path: Path, chat_targets: dict[str, str]) -> None:
     done = in_process(
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", f"hydra.run.dir={tmp_path}", *DRAFTER, *SMALL,
         "module.max_skipped_in_a_row=0",
@@ -110,7 +110,7 @@ def test_a_loss_that_is_not_finite(tmp_path: Path, chat_targets: dict[str, str])
 
 
 @pytest.mark.slow
-def test_ctrl_c_in_the_rollout(tmp_path: Path, chat_targets: dict[str, str]) -> None:
+def test_ctrl_c_in_the_rollout_leaves_no_half_generation(tmp_path: Path, chat_targets: dict[str, str]) -> None:
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     overrides = ["target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, f"hydra.run.dir={tmp_path}"]
     overrides += ["data.prompts_per_refresh=4000", "validate_first=false"]

@@ -68,7 +68,7 @@ def test_arguments_of_the_base_class_are_checked_too(change: dict, message: str)
         ("trainer.inference_mode=true", "needs trainer.inference_mode=false"),
     ],
 )
-def test_shares_are_refused_what_they_cannot_do(override: str, message: str) -> None:
+def test_options_that_a_sharded_target_lacks_are_refused(override: str, message: str) -> None:
     with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         check_sharding(compose("train", ["trainer=ddp", f"++{override}"]))
         check_sharding(compose("train", ["trainer=fsdp"]))

@@ -179,7 +179,7 @@ def test_refused_before_a_model_is_loaded(tmp_path: Path, overrides: list[str], 
     refused(evaluate(tmp_path, NO_TARGET, *overrides), *messages)
 
 
-def test_other_prompts_of_the_same_name_are_no_continuation(tmp_path: Path) -> None:
+def test_other_prompts_of_the_same_name_do_not_continue_a_run(tmp_path: Path) -> None:
     """Results of one file may not be shown as another's."""
     path = tmp_path / "mine.jsonl"
     overrides = ("checkpoint=bundled:tiny_dflash", "benchmark=jsonl", f"benchmark.path={path}", "max_new_tokens=8")
@@ -254,7 +254,7 @@ def test_the_checkpoints_block_size_is_kept() -> None:
 
 
 @pytest.mark.slow
-def test_ctrl_c_and_on(tmp_path: Path) -> None:
+def test_the_same_command_continues_after_ctrl_c(tmp_path: Path) -> None:
     """What was decoded is kept, and the same command goes on from there."""
     overrides = [f"hydra.run.dir={tmp_path}", "checkpoint=bundled:tiny_dflash", "limit=40", "max_new_tokens=48"]
     process = subprocess.Popen(
@@ -306,7 +306,7 @@ def test_settings_that_do_not_fit(changes: dict[str, object], message: str) -> N
         read_settings(composed(**changes))
 
 
-def test_checkpoints_that_are_none(tmp_path: Path) -> None:
+def test_paths_without_a_drafter_are_refused(tmp_path: Path) -> None:
     with pytest.raises(DrafterError, match=r"config.json is missing\. Name a directory"):
         name_checkpoints(str(tmp_path))
     (tmp_path / "drafter").mkdir()
@@ -335,7 +335,7 @@ def test_names_of_checkpoints(tmp_path: Path) -> None:
     assert name_checkpoints(OmegaConf.create({"b": sft, "a": opd})) == {"b": sft, "a": opd}
 
 
-def test_one_path_for_several_benchmarks() -> None:
+def test_one_path_for_several_benchmarks_is_refused() -> None:
     chosen = {"path": "FILE", "gsm8k": {"path": "FILE"}, "jsonl": {"path": "FILE"}}
     with pytest.raises(ConfigError, match="gsm8k and jsonl were chosen"):
         read_benchmarks(OmegaConf.create({"benchmark": chosen}), None)
@@ -366,6 +366,6 @@ def test_benchmarks_and_files_that_do_not_go_together(
         read_benchmarks(config, 1)
 
 
-def test_a_server_takes_no_drafter_of_ours(tmp_path: Path) -> None:
+def test_a_checkpoint_beside_a_server_is_refused(tmp_path: Path) -> None:
     done = evaluate(tmp_path, "engine=server", "engine.url=http://127.0.0.1:9", "checkpoint=bundled:tiny_dflash")
     refused(done, "checkpoint=bundled:tiny_dflash would have no effect")

@@ -58,7 +58,7 @@ def lives(process: int) -> bool:
 @pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc").exists(), reason="looks for processes in /proc")
 @pytest.mark.parametrize("rank, number", [(1, signal.SIGKILL), (0, signal.SIGSTOP)])
-def test_the_other_rank_ends(rank: int, number: signal.Signals, tmp_path: Path) -> None:
+def test_the_other_rank_ends_too(rank: int, number: signal.Signals, tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     run = subprocess.Popen(

@@ -119,7 +119,9 @@ def test_training_on_recorded_texts(train: Script, tmp_path: Path) -> None:
         (["rollout=decode_free", "rollout.parallel_below=-1"], "parallel_below must be 0 or more"),
     ],
 )
-def test_parts_that_do_not_go_together(overrides: list[str], message: str, train: Script, tmp_path: Path) -> None:
+def test_parts_that_do_not_go_together_are_refused(
+    overrides: list[str], message: str, train: Script, tmp_path: Path
+) -> None:
     done = train(tmp_path / "run", *overrides)
     assert done.returncode == 1 and "Traceback" not in done.stderr
     assert re.search(message, done.stderr, re.DOTALL), done.stderr

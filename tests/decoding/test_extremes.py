@@ -98,7 +98,7 @@ def test_coupled_proposals_are_tokens_that_the_drafter_allows(
     assert torch.equal(agreed, (proposals == labels).all(-1) & agreed)
 
 
-def test_a_residual_of_rounding_alone_is_none() -> None:
+def test_a_residual_of_rounding_alone_gives_way_to_the_target() -> None:
     """What is left between two laws that agree but for a subnormal number: a draw could round it to nothing."""
     p = torch.tensor([[0.25, 0.75, 1e-44, 0.0]])
     q = torch.tensor([[0.25, 0.75, 0.0, 0.0]])

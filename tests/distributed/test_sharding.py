@@ -98,7 +98,9 @@ def work(rank: int, root: Path, pairs: list[tuple[Path, Path]]) -> None:
     dist.destroy_process_group()
 
 
-def test_shares_do_what_the_whole_does(tmp_path: Path, target_dirs, make_any: Callable[..., Drafter]) -> None:
+def test_sharded_models_compute_what_whole_ones_do(
+    tmp_path: Path, target_dirs, make_any: Callable[..., Drafter]
+) -> None:
     pairs = []
     for kind, drafts in zip(("qwen3", "qwen3_moe", "gemma3", "gpt_oss"), DRAFTERS, strict=True):
         target = load_target(str(target_dirs[kind]), dtype="float32")

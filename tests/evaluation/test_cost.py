@@ -80,7 +80,9 @@ def test_measured_costs(
 
 
 @pytest.mark.parametrize("context", [0, 1, 2, 5, 10_000])
-def test_any_context_fits(context: int, target: Target, make_any: MakeAny, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_context_of_any_length_can_be_measured(
+    context: int, target: Target, make_any: MakeAny, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Shorter than a block, and longer than the target's positions."""
     monkeypatch.setattr(cost, "STEPS", 1)
     drafter = make_any("dflash", target, block_size=7)

@@ -140,7 +140,7 @@ def test_a_tie_keeps_its_speedup(make_result: Make) -> None:
     assert verdict(mixed) == "1 of 4 equal, 2 differ by a tie"
 
 
-def test_a_text_that_ends_elsewhere_is_no_tie(make_result: Make) -> None:
+def test_a_text_that_ends_elsewhere_is_not_a_tie(make_result: Make) -> None:
     ends = [Mismatch(3, 9, None, None), Mismatch(3, None, 9, None)]
     result = Evaluation("x", 4, Settings(), [make_result(mismatch=m) for m in ends], tolerance=100.0)
     text = " ".join(shown(report(result)).split())

@@ -59,7 +59,7 @@ def test_acceptance_by_vllms_counters() -> None:
         assert 0.02 < found.latency < 1
 
 
-def test_as_many_requests_as_told_are_under_way() -> None:
+def test_the_configured_number_of_requests_is_under_way() -> None:
     engine = Engine(blocks=[1], seconds=0.1)
     served = evaluate(engine, concurrency=(1, 4, 2))
     warm_up, *rounds = engine.at_once

@@ -22,7 +22,7 @@ from draftopd.evaluation.settings import Settings
         ({"seed": 2**32}, "seed must lie"),
     ],
 )
-def test_out_of_range(values: dict[str, float], message: str) -> None:
+def test_values_out_of_range_are_refused(values: dict[str, float], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         Settings(**values)
 

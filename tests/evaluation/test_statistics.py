@@ -140,7 +140,7 @@ def test_one_example_and_none() -> None:
     assert all(math.isnan(x) for x in bootstrap([], []))
 
 
-def test_prompts_without_a_block() -> None:
+def test_prompts_without_a_block_are_left_out() -> None:
     """They count for nothing, and a draw of nothing else does not spoil the interval."""
     found = bootstrap([(0.0, 0.0), (6.0, 2.0), (0.0, 0.0), (4.0, 2.0)], range(4))
     assert found.value == 2.5 and (found.low, found.high) == (2.0, 3.0)

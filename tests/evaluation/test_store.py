@@ -116,7 +116,7 @@ def test_identities_that_json_writes_alike(tmp_path: Path, examples: list[Exampl
     assert ResultStore(tmp_path, identity).done == {("x", "a"): examples[0]}
 
 
-def test_nothing_done_yet_may_change_its_mind(tmp_path: Path) -> None:
+def test_an_evaluation_without_results_may_change(tmp_path: Path) -> None:
     ResultStore(tmp_path, IDENTITY)
     assert ResultStore(tmp_path, IDENTITY | {"target": "abd"}).done == {}
     assert json.loads((tmp_path / "examples.json").read_text())["target"] == "abd"

@@ -187,7 +187,7 @@ def test_a_text_may_hold_any_separator(separator: str, tmp_path: Path) -> None:
     assert example.messages[0]["content"] == f"one{separator}two"
 
 
-def test_bytes_that_are_no_text(tmp_path: Path) -> None:
+def test_bytes_that_are_not_text_are_refused(tmp_path: Path) -> None:
     (tmp_path / "rows.jsonl").write_bytes(b"\xff\xfe\x00")
     for path in (tmp_path / "rows.jsonl", tmp_path):
         with pytest.raises(PromptError, match="is no UTF-8 text|cannot be read"):

@@ -139,7 +139,7 @@ def test_a_dead_server_ends_it_and_keeps_what_came(tmp_path: Path, make_request:
         assert len(server.requests) == 6
 
 
-def test_nobody_there(tmp_path: Path, make_request: MakeRequest) -> None:
+def test_a_server_that_does_not_answer(tmp_path: Path, make_request: MakeRequest) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
@@ -297,7 +297,7 @@ def test_keys_come_from_the_environment_and_are_never_shown(
 
 
 @pytest.mark.parametrize("options", [{"concurrency": 0}, {"attempts": 0}, {"timeout": 0.0}])
-def test_numbers_outside_their_range(options: dict[str, Any]) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match="must be 1 or more and timeout above 0"):
         ServerTrajectories("http://x", "store", **options)
 

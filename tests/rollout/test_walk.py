@@ -53,24 +53,24 @@ WAYS = {
 }
 
 
-@pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("drafts", ("dflash", "eagle3_reduced", "mtp"))
 def test_greedy_anchors_are_those_of_decoding(
-    way: str, kind: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
+    kind: str, drafts: str, make_target: MakeTarget, make_any: MakeDrafter
 ) -> None:
     target = make_target(kind)
     drafter = make_any(drafts, target)
     decoded = decode(target, drafter)
-    assert walk(target, drafter, decoded, Walker(Rules(), **WAYS[way])) == [as_visited(d) for d in decoded]
+    for way, options in WAYS.items():
+        assert walk(target, drafter, decoded, Walker(Rules(), **options)) == [as_visited(d) for d in decoded], way
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_greedy_anchors_where_acceptance_really_happens(way: str, bundled_pair) -> None:
+def test_greedy_anchors_where_acceptance_really_happens(bundled_pair) -> None:
     target, drafter, prompts, stop = bundled_pair
     decoded = Decoder(target, drafter, Rules(stop=stop, max_new_tokens=160)).decode_batch(prompts)
     assert sum(n for d in decoded for n in d.accepted) > sum(len(d.anchors) for d in decoded)
-    assert walk(target, drafter, decoded, Walker(Rules(), **WAYS[way])) == [as_visited(d) for d in decoded]
+    for way, options in WAYS.items():
+        assert walk(target, drafter, decoded, Walker(Rules(), **options)) == [as_visited(d) for d in decoded], way
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -104,7 +104,7 @@ def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
     assert sum(a.proposals == b.proposals for a, b in pairs) >= 299
 
 
-def test_single_tokens_and_empty_batches_of_work(target: Target, make_drafter: MakeDrafter) -> None:
+def test_responses_of_one_token_have_no_anchors(target: Target, make_drafter: MakeDrafter) -> None:
     drafter = make_drafter(target)
     target.tap(drafter.target_layer_ids)
     decoded = decode(target, None, count=3, max_new_tokens=1)
@@ -142,7 +142,7 @@ def test_accepted_proposals_are_the_text(target: Target, make_drafter: MakeDraft
 
 
 @pytest.mark.parametrize("options", [{"parallel_below": -1}, {"blocks_at_once": 0}])
-def test_numbers_outside_their_range(options: dict[str, int]) -> None:
+def test_numbers_out_of_range_are_refused(options: dict[str, int]) -> None:
     with pytest.raises(ValueError, match="parallel_below must be 0 or more"):
         Walker(Rules(), **options)
 

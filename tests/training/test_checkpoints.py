@@ -83,7 +83,7 @@ def test_a_missing_last_one(directory: Path) -> None:
     assert checkpoints.newest_whole(directory) == directory / "previous.ckpt"
 
 
-def test_none_at_all(tmp_path: Path) -> None:
+def test_a_directory_without_checkpoints(tmp_path: Path) -> None:
     assert checkpoints.newest_whole(tmp_path / "nowhere") is None
 
 

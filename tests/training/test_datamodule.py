@@ -124,7 +124,7 @@ def test_a_new_generation_is_taken_up_by_the_next_epoch(root: Path) -> None:
     assert batch.ids[:, 0].tolist() == [77] * 4
 
 
-def test_anchors_of_no_drafter_have_no_age(root: Path) -> None:
+def test_anchors_without_a_drafter_have_no_age(root: Path) -> None:
     assert {int(x) for batch in loader(root, choice="random") for x in batch.made_at} == {-1}
     assert {int(x) for batch in loader(root, choice="error") for x in batch.made_at} == {0}
 
