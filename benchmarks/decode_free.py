@@ -25,7 +25,7 @@ from rich.table import Table
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.sampling import Sampling
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.load import load_drafter
 from draftopd.rollout.buffer import Recorded
 from draftopd.rollout.request import Request
 from draftopd.rollout.rollouts import DecodeFreeRollout, SpeculativeRollout
@@ -38,7 +38,7 @@ def main() -> None:
     torch.set_num_threads(options.threads)
     target = load_target(options.target, dtype=options.dtype, device=options.device)
     tokenizer = load_tokenizer(options.target)
-    drafter = DFlashDrafter.load(options.drafter).to(target.device).eval()
+    drafter = load_drafter(options.drafter).to(target.device).eval()
     target.tap(drafter.target_layer_ids)
     prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(options.prompts))
     sampling, limit = Sampling(options.temperature), options.max_new_tokens

@@ -24,6 +24,7 @@ from machine import keep
 
 from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.decoding.generate import Decoded, Decoder
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.load import load_for
 from draftopd.io.hub import resolve
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
@@ -77,7 +78,7 @@ def main() -> None:
         decoders[f"{kind}, compiled"] = Decoder(target, model, max_new_tokens=options.tokens, stop=stop, compiled=True)
     rates: dict[str, list[float]] = {}
     with tempfile.TemporaryDirectory() as name:
-        drafter.save(Path(name) / "drafter", torch.float32)
+        save_drafter(drafter, Path(name) / "drafter", torch.float32)
         began = time.perf_counter()
         for decoder in decoders.values():
             for batch in options.batches:

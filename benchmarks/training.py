@@ -31,12 +31,13 @@ from machine import fresh_peak, held, keep, multiplication_rate
 from transformers import AutoModelForCausalLM, Qwen3Config
 
 from draftopd.decoding.sampling import Sampling
-from draftopd.drafters.dflash import DFlashDrafter, default_target_layers
+from draftopd.drafters.dflash import DFlashConfig, DFlashDrafter, default_target_layers
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.replay import replay
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 from draftopd.training.stopwatch import Stopwatch
 
@@ -79,8 +80,9 @@ def build(options: argparse.Namespace) -> tuple[Target, DFlashDrafter, ReplayBat
     with torch.device(options.device):
         shape = Qwen3Config(num_hidden_layers=depth, **common)
         target = kind(AutoModelForCausalLM.from_config(shape, dtype=dtype)).to(options.device)
-        config = Qwen3Config(num_hidden_layers=options.layers, **common)
-        drafter = DFlashDrafter(config, options.block, taps, options.vocabulary - 1, depth)
+        layers = Qwen3Config(num_hidden_layers=options.layers, **common)
+        made_for = TargetShape(options.hidden, options.vocabulary, depth)
+        drafter = DFlashDrafter(DFlashConfig(made_for, options.block, taps, layers, options.vocabulary - 1))
     target.tap(taps)
     ids = torch.randint(options.vocabulary - 1, (options.batch, options.length))
     anchors = torch.stack(

@@ -12,17 +12,20 @@ import torch
 from tests.support.laws import correction_from_target
 from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from torch import Tensor
+from transformers import Qwen3Config
 
 from draftopd.bundled.problems import problems
 from draftopd.decoding import step
 from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
-from draftopd.drafters.base import Chooser, Draft, Drafter, TargetShape
+from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.drafters.dflash import DFlashConfig
 from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, PromptError
 from draftopd.io.hub import resolve
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 
 NEW_TOKENS = 24
@@ -46,10 +49,9 @@ class Prophet(Drafter):
     """
 
     def __init__(self, texts: Sequence[list[int]], block_size: int, lies: Sequence[set[int]] | None = None) -> None:
-        super().__init__()
-        self.texts, self.block_size = texts, block_size
+        super().__init__(DFlashConfig(TargetShape(32, 64, 4), block_size, (0,), Qwen3Config(), 63))
+        self.texts = texts
         self.lies = lies or [set() for _ in texts]
-        self.target_layer_ids = (0,)
 
     def start(self, capacity: int) -> list[Rows]:
         return [Rows()]
@@ -80,17 +82,7 @@ class Prophet(Drafter):
                 tokens[i, k] = (known + (position in self.lies[row])) % target.vocab_size
         return Draft(torch.zeros(*tokens.shape, 1), tokens[:, None])
 
-    def made_for(self) -> TargetShape:
-        return TargetShape(32, 64, 4)
-
-    def describe(self) -> dict[str, object]:
-        raise NotImplementedError
-
     def replay(self, *_: object) -> Draft:
-        raise NotImplementedError
-
-    @classmethod
-    def assemble(cls, *_: object) -> Prophet:
         raise NotImplementedError
 
 

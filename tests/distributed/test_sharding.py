@@ -18,6 +18,7 @@ from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed.sharding import Shards, whole_tensors
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.load import load_for
 from draftopd.losses.asymmetric_kl import AsymmetricKL
 from draftopd.replay.batch import ReplayBatch, pad_anchors
@@ -100,6 +101,6 @@ def test_shares_do_what_the_whole_does(tmp_path: Path, target_dirs, make_any: Ca
     pairs = []
     for kind, drafts in zip(("qwen3", "qwen3_moe", "gemma3", "gpt_oss"), DRAFTERS, strict=True):
         target = load_target(str(target_dirs[kind]), dtype="float32")
-        make_any(drafts, target).save(tmp_path / kind, dtype=torch.float32)
+        save_drafter(make_any(drafts, target), tmp_path / kind, torch.float32)
         pairs.append((target_dirs[kind], tmp_path / kind))
     mp.spawn(work, (tmp_path, pairs), nprocs=RANKS)

@@ -19,8 +19,7 @@ from pathlib import Path
 import torch
 
 from draftopd.drafters.base import Drafter
-from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.load import assemble, load_drafter
 from draftopd.errors import DrafterError, DraftOPDError
 from draftopd.interop.speculators import read_speculators, write_speculators
@@ -61,14 +60,13 @@ def export(options: argparse.Namespace) -> str:
     """Write a drafter in the format asked for; says what can be done with it."""
     target = TargetFiles(options.target) if options.target else None
     drafter, dtype = read_any(options.source, target.num_layers if target else None), getattr(torch, options.dtype)
-    method = {DFlashDrafter: "dflash", Eagle3Drafter: "eagle3"}.get(type(drafter))
     if options.format == "public":
-        drafter.save(Path(options.output), dtype)
-        if method is None:
+        save_drafter(drafter, Path(options.output), dtype)
+        if drafter.kind == "mtp":
             return f"train it on: python train.py drafter=mtp drafter.checkpoint={options.output}"
         return (
-            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{method}", "model": "{options.output}", '
-            f'"num_speculative_tokens": {drafter.num_proposals}}}\''
+            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{drafter.kind}", '
+            f'"model": "{options.output}", "num_speculative_tokens": {drafter.num_proposals}}}\''
         )
     if target is None:
         raise DrafterError("The speculators format names the target and holds its embedding: name it with --target.")
@@ -79,10 +77,9 @@ def export(options: argparse.Namespace) -> str:
 def bring_in(options: argparse.Namespace) -> str:
     """Write a drafter in the speculators format in its public one; says what can be done with it."""
     drafter = read_speculators(Path(options.source), TargetFiles(options.target))
-    drafter.save(Path(options.output), getattr(torch, options.dtype))
-    group = type(drafter).__name__.removesuffix("Drafter").lower()
+    save_drafter(drafter, Path(options.output), getattr(torch, options.dtype))
     return (
-        f"train it: python train.py target=hf target.path={options.target} drafter={group} "
+        f"train it: python train.py target=hf target.path={options.target} drafter={drafter.kind} "
         f"drafter.checkpoint={options.output}"
     )
 

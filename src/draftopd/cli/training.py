@@ -30,6 +30,7 @@ from draftopd.cli.runs import settings
 from draftopd.distributed.sharding import whole_tensors
 from draftopd.distributed.watch import watched
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.errors import ConfigError, FileError
 from draftopd.io.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
@@ -48,6 +49,9 @@ from draftopd.training.refresh import RefreshAnchors
 from draftopd.training.viewer import DraftViewer
 
 log = logging.getLogger(__name__)
+
+#: Keys that say how a drafter computes, and nothing of the drafter itself.
+ANY_DRAFTER = ("drafter.attention", "drafter.activation_checkpointing")
 
 
 def run(config: DictConfig) -> TrainingReport:
@@ -100,7 +104,7 @@ def run(config: DictConfig) -> TrainingReport:
             trainer.test(module, datamodule=data, verbose=False)
         tensors = whole_tensors(drafter)
     if trainer.is_global_zero:
-        drafter.save(directory / "drafter", tensors=tensors)
+        save_drafter(drafter, directory / "drafter", tensors=tensors)
     report = TrainingReport(
         tau_before=module.tau_before,
         tau_after=module.tau_after,
@@ -169,7 +173,8 @@ def _compare(directory: Path, config: DictConfig) -> None:
         return
     now = settings(config)
     other = sorted(key for key in before | now if before.get(key) != now.get(key))
-    shape = [key for key in other if key.startswith("drafter.") and key != "drafter.checkpoint"]
+    same = ("drafter.checkpoint", *ANY_DRAFTER)
+    shape = [key for key in other if key.startswith("drafter.") and key not in same]
     if shape:
         raise ConfigError(
             f"{directory} holds a run of another drafter ({', '.join(shape[:3])} differ): give what it began with, or "
@@ -250,7 +255,7 @@ def _advise(config: DictConfig) -> None:
         return
     for given in overrides:
         name = given.split("=")[0].lstrip("+")
-        if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size"):
+        if name.startswith("drafter.") and name not in ("drafter.checkpoint", "drafter.block_size", *ANY_DRAFTER):
             log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)
 
 

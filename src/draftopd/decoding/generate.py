@@ -81,7 +81,7 @@ class Decoder:
         self.rules = Rules(sampling, sampling if rejection else Sampling(), rejection)
         self.compiled = compiled
         if drafter is not None:
-            drafter.check_fits(target)
+            drafter.config.check_fits(target.shape)
             target.tap(drafter.target_layer_ids)
 
     @property

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from draftopd.errors import TargetError
 from draftopd.io.hub import check_places, local_only, resolve, unavailable
 from draftopd.io.json_text import parse_json, shown, whole
+from draftopd.targets.shape import TargetShape
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -45,6 +46,10 @@ class TargetFiles:
             raise TargetError(
                 f"config.json of {path} does not say how large the target is ({error}): copy or download it again."
             ) from error
+
+    @property
+    def shape(self) -> TargetShape:
+        return TargetShape(self.hidden_size, self.vocab_size, self.num_layers)
 
     def embedding(self) -> Tensor:
         """``[vocab, hidden]``."""

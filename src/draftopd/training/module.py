@@ -112,7 +112,7 @@ class DraftModule(L.LightningModule):
         if count_flops and compiled:
             raise ConfigError("module.count_flops=true cannot look into compiled decoding: leave compiled=true out.")
         self.skips, self.keep_nonfinite = Skips(max_skipped_in_a_row), keep_nonfinite
-        drafter.check_fits(target)
+        drafter.config.check_fits(target.shape)
         self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter = drafter
         drafter.activation_checkpointing, drafter.attention = activation_checkpointing, attention
@@ -414,7 +414,7 @@ class DraftModule(L.LightningModule):
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
+        checkpoint["drafter"] = self.drafter.config.to_json()  # so that it can be exported by itself
         checkpoint["tokens_seen"] = self.tokens_seen
         checkpoint["seconds"] = dict(self.clock.seconds)
         checkpoint["operations"] = dict(self.clock.operations)
