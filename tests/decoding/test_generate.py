@@ -12,7 +12,6 @@ import torch
 from tests.support.laws import correction_from_target
 from tests.support.models import DRAFTERS, KINDS, MakeDrafter
 from torch import Tensor
-from transformers import Qwen3Config
 
 from draftopd.bundled.problems import problems
 from draftopd.decoding import step
@@ -20,7 +19,7 @@ from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.drafters.base import Chooser, Draft, Drafter
-from draftopd.drafters.dflash import DFlashConfig
+from draftopd.drafters.config import DrafterConfig
 from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, PromptError
 from draftopd.io.hub import resolve
@@ -49,7 +48,7 @@ class Prophet(Drafter):
     """
 
     def __init__(self, texts: Sequence[list[int]], block_size: int, lies: Sequence[set[int]] | None = None) -> None:
-        super().__init__(DFlashConfig(TargetShape(32, 64, 4), block_size, (0,), Qwen3Config(), 63))
+        super().__init__(DrafterConfig(TargetShape(32, 64, 4), block_size, (0,)))
         self.texts = texts
         self.lies = lies or [set() for _ in texts]
 

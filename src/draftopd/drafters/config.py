@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar, TypeVar
 
 from huggingface_hub.errors import StrictDataclassError
@@ -41,8 +40,10 @@ _SIZES = (
 
 
 @dataclass(frozen=True)
-class DrafterConfig(ABC):
+class DrafterConfig:
     """Everything of a drafter but its weights. A subclass adds the fields of its own kind.
+
+    As it stands here it reads and writes its fields by their names; kinds with a public format read and write that.
 
     Args:
         target: shape of the target that the drafter was made for.
@@ -60,7 +61,6 @@ class DrafterConfig(ABC):
     reads_final_norm: ClassVar[bool] = False
 
     @classmethod
-    @abstractmethod
     def from_json(
         cls, raw: dict[str, Any], where: str, tensors: Collection[str] = (), num_target_layers: int | None = None
     ) -> Self:
@@ -74,10 +74,19 @@ class DrafterConfig(ABC):
         Raises:
             DrafterError: if a field is missing or garbled, or the checkpoint is of another kind.
         """
+        check_architecture(cls, raw, where)
+        with reading(cls.architectures[0], where):
+            values = {field.name: raw[field.name] for field in fields(cls)} | {
+                "target": TargetShape(*map(whole, raw["target"])),
+                "block_size": whole(raw["block_size"]),
+                "target_layer_ids": tuple(map(whole, raw["target_layer_ids"])),
+            }
+            return cls(**values)
 
-    @abstractmethod
     def to_json(self) -> dict[str, Any]:
         """The ``config.json`` as plain containers; the tensors' dtype is left out."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {"architectures": [self.architectures[0]], **values, "target": list(self.target)}
 
     @property
     def num_layers(self) -> int:
