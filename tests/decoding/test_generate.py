@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -486,7 +487,7 @@ class TestPrompts:
 
     def test_a_misfit_is_refused_before_decoding(self, target: Target, make_drafter: MakeDrafter) -> None:
         drafter = make_drafter(target)
-        drafter.target_layer_ids = (0, 4)
+        drafter.config = replace(drafter.config, target_layer_ids=(0, 4))
         with pytest.raises(DrafterError, match=r"\[4\].*0 to 3"):
             Decoder(target, drafter)
 

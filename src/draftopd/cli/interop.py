@@ -59,7 +59,8 @@ def read_any(path: str, num_target_layers: int | None = None) -> Drafter:
 def export(options: argparse.Namespace) -> str:
     """Write a drafter in the format asked for; says what can be done with it."""
     target = TargetFiles(options.target) if options.target else None
-    drafter, dtype = read_any(options.source, target.num_layers if target else None), getattr(torch, options.dtype)
+    drafter = read_any(options.source, target.shape.num_layers if target else None)
+    dtype = getattr(torch, options.dtype)
     if options.format == "public":
         save_drafter(drafter, Path(options.output), dtype)
         if drafter.kind == "mtp":

@@ -36,14 +36,7 @@ def load_drafter(directory: str | Path, num_target_layers: int | None = None) ->
 
 
 def load_for(target: Target, directory: str | Path, block_size: int | None = None) -> Drafter:
-    """Read a checkpoint for this target.
-
-    Args:
-        block_size: replaces the one it was trained with; None keeps it.
-
-    Raises:
-        DrafterError: as :func:`load_drafter`, or if the drafter does not fit the target.
-    """
+    """Read a checkpoint for this target; see :func:`~draftopd.drafters.checkpoint.load_as`."""
     return fitted(load_drafter(directory, target.num_layers), target, block_size)
 
 

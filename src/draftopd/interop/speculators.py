@@ -90,7 +90,7 @@ def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
         raise DrafterError(
             f"config.json of {directory} lacks or garbles {shown(str(error))}: copy or export it again."
         ) from error
-    drafter = assemble(raw, tensors, str(directory), target.num_layers)
+    drafter = assemble(raw, tensors, str(directory), target.shape.num_layers)
     drafter.config.check_fits(target.shape)
     return drafter
 
@@ -110,16 +110,17 @@ def _common(config: DrafterConfig, algorithm: str, target: TargetFiles, name: st
 
 
 def _dflash_json(config: DFlashConfig, target: TargetFiles, name: str) -> dict[str, Any]:
-    if target.num_layers - 1 in config.target_layer_ids:
+    last = target.shape.num_layers - 1
+    if last in config.target_layer_ids:
         raise DrafterError(
-            f"The drafter taps the target's last layer ({target.num_layers - 1}), which the speculators format cannot "
-            "say: export it in its public format."
+            f"The drafter taps the target's last layer ({last}), which the speculators format cannot say: export it in "
+            "its public format."
         )
     return {
         "architectures": ["DFlashSpeculator"],
         **_common(config, "dflash", target, name),
         "transformer_layer_config": layer_fields(config.layers),
-        "draft_vocab_size": target.vocab_size,
+        "draft_vocab_size": target.shape.vocab_size,
         "block_size": config.block_size,
         "mask_token_id": config.mask_token_id,
         "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
@@ -145,7 +146,7 @@ def _from_dflash(
         **layers,
         "architectures": [DFlashConfig.architectures[0]],
         "block_size": raw["block_size"],
-        "num_target_layers": target.num_layers,
+        "num_target_layers": target.shape.num_layers,
         "dflash_config": {"mask_token_id": raw["mask_token_id"], "target_layer_ids": taps},
     }
 
@@ -173,7 +174,7 @@ def _from_eagle3(
         **{name: raw[name] for name in (*own, *variants) if raw.get(name) is not None},
         "architectures": [Eagle3Config.architectures[0]],
         "block_size": proposals + 1,
-        "num_target_layers": target.num_layers,
+        "num_target_layers": target.shape.num_layers,
     }
     tensors = {n.replace("layers.0.", "midlayer."): t for n, t in tensors.items() if not n.startswith("verifier_")}
     embedding = tensors.get("embed_tokens.weight")

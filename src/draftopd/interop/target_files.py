@@ -38,18 +38,14 @@ class TargetFiles:
         self.architectures: list[str] = raw.get("architectures") or []
         self.config: dict[str, Any] = raw.get("text_config") or raw
         try:
-            self.num_layers = whole(self.config["num_hidden_layers"])
-            self.hidden_size, self.vocab_size = whole(self.config["hidden_size"]), whole(self.config["vocab_size"])
+            depth = whole(self.config["num_hidden_layers"])
+            self.shape = TargetShape(whole(self.config["hidden_size"]), whole(self.config["vocab_size"]), depth)
         except KeyError as error:
             raise TargetError(f"config.json of {path} has no {error}: name the target the drafter is for.") from error
         except (ValueError, TypeError) as error:
             raise TargetError(
                 f"config.json of {path} does not say how large the target is ({error}): copy or download it again."
             ) from error
-
-    @property
-    def shape(self) -> TargetShape:
-        return TargetShape(self.hidden_size, self.vocab_size, self.num_layers)
 
     def embedding(self) -> Tensor:
         """``[vocab, hidden]``."""
