@@ -23,6 +23,7 @@ from draftopd.data.prompts import PromptEncoder, ReasoningPrompts
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.load import load_for
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 from draftopd.targets.target import Target
@@ -78,7 +79,7 @@ def bundled_pair() -> tuple[Target, DFlashDrafter, list[list[int]], frozenset[in
     """The bundled target and drafter, a few held-out prompts, the stop tokens."""
     target = load_target("bundled:tiny_target", dtype="float32")
     tokenizer = load_tokenizer("bundled:tiny_target")
-    drafter = DFlashDrafter.load("bundled:tiny_dflash")
+    drafter = load_for(target, "bundled:tiny_dflash")
     target.tap(drafter.target_layer_ids)
     encoder = PromptEncoder(tokenizer)
     prompts = encoder.take(ReasoningPrompts("validation"), range(6))
@@ -91,7 +92,7 @@ def make_drafter() -> Callable[..., DFlashDrafter]:
 
     def make(target: Target, num_layers: int = 2, block_size: int = 4, seed: int = 0, **options) -> DFlashDrafter:
         options = {"mask_token_id": target.vocab_size - 1, "target_layer_ids": (0, target.num_layers // 2)} | options
-        drafter = DFlashDrafter.for_target(target, num_layers, block_size, **options)
+        drafter = DFlashDrafter.build(target, None, num_layers=num_layers, block_size=block_size, **options)
         randomize(drafter, seed)
         return drafter.eval()
 
@@ -106,11 +107,12 @@ def make_any(make_drafter: Callable[..., DFlashDrafter]) -> Callable[..., Drafte
         if kind == "dflash":
             return make_drafter(target, block_size=block_size, seed=seed, **options)
         if kind == "mtp":
-            drafter: Drafter = MTPDrafter.for_target(target, block_size, **options)
+            drafter: Drafter = MTPDrafter.build(target, None, block_size=block_size, **options)
         else:
-            ids = torch.arange(target.vocab_size)
-            vocabulary = ids[(ids % 3 != 1)] if kind == "eagle3_reduced" else None
-            drafter = Eagle3Drafter.for_target(target, block_size, vocabulary, **options)
+            vocabulary = [i for i in range(target.vocab_size) if kind == "eagle3" or i % 3 != 1]
+            drafter = Eagle3Drafter.build(
+                target, None, lambda: [vocabulary], block_size=block_size, draft_vocab_size=len(vocabulary), **options
+            )
         randomize(drafter, seed)
         return drafter.eval()
 

@@ -20,6 +20,7 @@ from draftopd.cli.check import check
 from draftopd.cli.training import check_rollout
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.rules import Rules
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.losses.distilled import Distilled
 from draftopd.targets.target import Target
 from tests.support.blocks import make_blocks
@@ -193,7 +194,7 @@ def test_the_drafter_of_the_page(tmp_path: Path) -> None:
     draft.hidden.square().sum().backward()
     assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in drafter.parameters())
 
-    drafter.save(tmp_path, torch.float32)
+    save_drafter(drafter, tmp_path, torch.float32)
     again = kind.build(target, None, checkpoint=str(tmp_path))
     assert all(torch.equal(a, b) for a, b in zip(drafter.parameters(), again.parameters(), strict=True))
 

@@ -64,7 +64,9 @@ def decode(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict[st
     room = sizes["prompt"] + max(limits[FORCED + 1]) + 2 * sizes["block"]
     target, shift = counting_target(shape, room, device, torch.bfloat16 if device == "cuda" else torch.float32)
     with torch.device(device):
-        forced = ForcedDrafter.for_target(target, sizes["layers"], sizes["block"], shape["vocabulary"] - 1).eval()
+        forced = ForcedDrafter.build(
+            target, None, num_layers=sizes["layers"], block_size=sizes["block"], mask_token_id=shape["vocabulary"] - 1
+        ).eval()
     forced.shift = shift
     found: dict[str, Any] = {}
     # The drafter's weights are in float32, as in training; the last kind shows what bfloat16 would change.

@@ -97,7 +97,8 @@ def check_attention(shape: dict[str, Any], device: str, dtype: torch.dtype, flex
     length, anchors = (1000, 37) if device == "cuda" else (40, 21)
     inputs, ends = attention_inputs(shape, length, anchors, 16, 2, device, dtype)
     exact = [t.detach().double().requires_grad_() for t in inputs]
-    view, results = View.of_many(ends, None, 16, length if flex else None), []
+    view = View.by_flex(ends, None, 16, length) if flex else View.in_chunks(ends, None, 16)
+    results = []
     for (query, ck, cv, bk, bv), attend in ((inputs, block_attention), (exact, plain_attention)):
         output = attend(query, (ck, cv), (bk, bv), view if attend is block_attention else ends)
         output.double().square().sum().backward()
@@ -170,10 +171,10 @@ def attention(shape: dict[str, Any], sizes: dict[str, Any], device: str) -> dict
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     inputs, ends = attention_inputs(shape, sizes["length"], sizes["anchors"], sizes["block"], 1, device, dtype)
     query, ck, cv, bk, bv = inputs
-    views = {False: View.of_many(ends, None, sizes["block"])}
+    views = {False: View.in_chunks(ends, None, sizes["block"])}
     kernels: dict[str, Any] = {"torch's choice": None, "math": SDPBackend.MATH}
     if device == "cuda":
-        views[True] = View.of_many(ends, None, sizes["block"], sizes["length"])
+        views[True] = View.by_flex(ends, None, sizes["block"], sizes["length"])
         kernels |= {
             "FlexAttention": None,
             "efficient": SDPBackend.EFFICIENT_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION,

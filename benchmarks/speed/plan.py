@@ -71,10 +71,12 @@ def build(case: dict[str, Any]) -> tuple[Target, Drafter, ReplayBatch, Loss]:
     target = Target(model.to(torch.bfloat16 if case["bfloat16"] else torch.float32))
     drafter: Drafter
     if case["kind"] == "dflash":
-        drafter = DFlashDrafter.for_target(target, case["layers"], case["block"], case["vocabulary"] - 1)
+        drafter = DFlashDrafter.build(
+            target, None, num_layers=case["layers"], block_size=case["block"], mask_token_id=case["vocabulary"] - 1
+        )
     else:
         kind = Eagle3Drafter if case["kind"] == "eagle3" else MTPDrafter
-        drafter = kind.for_target(target, case["block"])
+        drafter = kind.build(target, None, block_size=case["block"])
     drafter.activation_checkpointing = case["checkpointing"]
     target.tap(drafter.target_layer_ids)
     rows, n = case["batch"], case["tokens"]

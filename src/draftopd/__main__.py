@@ -17,7 +17,7 @@ PLAN = """\
 Print memory and time of a training run before it is started. No weights and no GPU are needed.
 
     python -m draftopd plan target=qwen3_30b_a3b trainer.devices=8
-    python -m draftopd plan experiment=paper target=qwen3_8b plan.gpu=A100 module.activation_checkpointing=true
+    python -m draftopd plan experiment=paper target=qwen3_8b plan.gpu=A100 drafter.activation_checkpointing=true
 
 Takes the overrides of train.py, and plan.NAME=VALUE for what is assumed; docs/planning.md lists these.
 """

@@ -14,6 +14,7 @@ from transformers import PreTrainedTokenizerFast
 
 from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.rollout.request import Request
 from draftopd.targets.target import Target
 
@@ -33,7 +34,7 @@ def originals(
     """Checkpoints of every kind of drafter, and of the target with a tokenizer."""
     root = tmp_path_factory.mktemp("originals")
     for kind in DRAFTERS:
-        make_any(kind, whole_target).save(root / kind, torch.float32)
+        save_drafter(make_any(kind, whole_target), root / kind, torch.float32)
         (root / kind / "checksums.json").unlink()  # as one from elsewhere: what is spoiled is looked at
     small_model("qwen3").save_pretrained(root / "target")
     tokenizer.save_pretrained(root / "target")

@@ -79,9 +79,9 @@ def test_vocabulary_and_depth_must_fit(target: Target, make_drafter) -> None:
 
     drafter: DFlashDrafter = make_drafter(target)
     with pytest.raises(DrafterError, match="vocabulary is 64, but this target's is 60"):
-        drafter.check_fits(Target(small_model("qwen3", vocab_size=60)))
+        drafter.config.check_fits(Target(small_model("qwen3", vocab_size=60)).shape)
     with pytest.raises(DrafterError, match="number of target layers is 4, but this target's is 5"):
-        drafter.check_fits(Target(small_model("qwen3", num_hidden_layers=5)))
+        drafter.config.check_fits(Target(small_model("qwen3", num_hidden_layers=5)).shape)
 
 
 def test_prompts_that_do_not_fit_are_refused(tmp_path: Path, chat_targets: dict[str, str]) -> None:

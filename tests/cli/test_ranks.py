@@ -10,7 +10,7 @@ import torch
 from tests.support.runs import DRAFTER, SMALL, Script, in_process, scalars
 from torch import Tensor
 
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.load import load_drafter
 
 #: Plain texts, so that one process and two see the same; all anchors, so that none is drawn; one step.
 COMMON = (
@@ -73,6 +73,6 @@ def test_two_processes_roll_out_and_one_goes_on(
         return json.loads((tmp_path / "report.json").read_text())
 
     assert run(f"trainer={trainer}", *TWO)["steps"] == 4
-    DFlashDrafter.load(tmp_path / "drafter")
+    load_drafter(tmp_path / "drafter")
     report = run("trainer.max_epochs=3")
     assert report["steps"] == 6 and report["tau_after"] >= 1

@@ -21,7 +21,7 @@ from tests.support.runs import DRAFTER, SMALL, Script, events, in_process
 
 from draftopd.cli.report import FORMAT
 from draftopd.cli.runs import find, rows
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.load import load_drafter
 from draftopd.io.files import locked, read_json
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.rollout.buffer import AnchorBuffer
@@ -45,7 +45,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory, chat_targets: dict[str, s
 def test_a_run_leaves_everything(finished: Path) -> None:
     names = {p.name for p in finished.iterdir()}
     assert {"drafter", "checkpoints", "tensorboard", "anchors", "config.yaml", "run.json", "report.json"} <= names
-    assert DFlashDrafter.load(finished / "drafter").block_size == 4
+    assert load_drafter(finished / "drafter").block_size == 4
     assert len(AnchorBuffer.latest(finished / "anchors")) == 8
     record = json.loads((finished / "run.json").read_text())
     assert record["seed"] == 0 and record["versions"]["torch"] and record["config"]["loss"]["gamma"] > 0

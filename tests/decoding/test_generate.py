@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 
@@ -19,11 +20,13 @@ from draftopd.decoding.generate import Decoded, Decoder
 from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
-from draftopd.drafters.base import Chooser, Draft, Drafter, TargetShape
+from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.drafters.config import DrafterConfig
 from draftopd.drafters.load import load_drafter
 from draftopd.errors import DrafterError, PromptError
 from draftopd.io.hub import resolve
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 
 NEW_TOKENS = 24
@@ -47,10 +50,9 @@ class Prophet(Drafter):
     """
 
     def __init__(self, texts: Sequence[list[int]], block_size: int, lies: Sequence[set[int]] | None = None) -> None:
-        super().__init__()
-        self.texts, self.block_size = texts, block_size
+        super().__init__(DrafterConfig(TargetShape(32, 64, 4), block_size, (0,)))
+        self.texts = texts
         self.lies = lies or [set() for _ in texts]
-        self.target_layer_ids = (0,)
 
     def start(self, capacity: int) -> list[Rows]:
         return [Rows()]
@@ -81,17 +83,7 @@ class Prophet(Drafter):
                 tokens[i, k] = (known + (position in self.lies[row])) % target.vocab_size
         return Draft(torch.zeros(*tokens.shape, 1), tokens[:, None])
 
-    def made_for(self) -> TargetShape:
-        return TargetShape(32, 64, 4)
-
-    def describe(self) -> dict[str, object]:
-        raise NotImplementedError
-
     def replay(self, *_: object) -> Draft:
-        raise NotImplementedError
-
-    @classmethod
-    def assemble(cls, *_: object) -> Prophet:
         raise NotImplementedError
 
 
@@ -498,7 +490,7 @@ class TestPrompts:
 
     def test_a_misfit_is_refused_before_decoding(self, target: Target, make_drafter: MakeDrafter) -> None:
         drafter = make_drafter(target)
-        drafter.target_layer_ids = (0, 4)
+        drafter.config = replace(drafter.config, target_layer_ids=(0, 4))
         with pytest.raises(DrafterError, match=r"\[4\].*0 to 3"):
             Decoder(target, drafter)
 

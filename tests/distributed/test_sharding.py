@@ -20,6 +20,7 @@ from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.distributed.sharding import Shards, whole_tensors
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.load import load_for
 from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, reverse_kl
@@ -104,6 +105,6 @@ def test_sharded_models_compute_what_whole_ones_do(
     pairs = []
     for kind, drafts in zip(("qwen3", "qwen3_moe", "gemma3", "gpt_oss"), DRAFTERS, strict=True):
         target = load_target(str(target_dirs[kind]), dtype="float32")
-        make_any(drafts, target).save(tmp_path / kind, dtype=torch.float32)
+        save_drafter(make_any(drafts, target), tmp_path / kind, torch.float32)
         pairs.append((target_dirs[kind], tmp_path / kind))
     mp.spawn(work, (tmp_path, pairs), nprocs=RANKS)

@@ -33,7 +33,7 @@ def joined(drafter: Drafter, w: dict[str, Tensor], embedded: Tensor, state: Tens
     """What one entry attends with, and what the layer adds to."""
     if isinstance(drafter, Eagle3Drafter):
         normed = rms_norm(state, w["hidden_norm.weight"])
-        residual = normed if drafter.norm_before_residual else state
+        residual = normed if drafter.config.norm_before_residual else state
         return torch.cat([rms_norm(embedded, w["input_layernorm.weight"]), normed]), residual
     both = torch.cat([rms_norm(embedded, w["token_layernorm.weight"]), rms_norm(state, w["hidden_layernorm.weight"])])
     residual = w["input_proj.weight"] @ both
@@ -52,8 +52,8 @@ def reference(drafter: Drafter, target: Target, features: Tensor, ids: Tensor, a
     if eagle:
         states = [every["fc.weight"] @ s for s in states]
     tokens = ids[1 : anchor + 1].tolist()
-    theta, size = drafter.config.rope_parameters["rope_theta"], drafter.config.head_dim
-    heads, groups = drafter.config.num_attention_heads, drafter.config.num_key_value_heads
+    theta, size = drafter.config.layers.rope_parameters["rope_theta"], drafter.config.layers.head_dim
+    heads, groups = drafter.config.layers.num_attention_heads, drafter.config.layers.num_key_value_heads
     hidden, proposals = [], []
     for _ in range(drafter.num_proposals):
         pairs = zip(tokens, states, strict=True)
@@ -235,11 +235,11 @@ def test_default_target_layers(layers: int, expected: tuple[int, ...]) -> None:
 
 
 def test_an_mtp_head_begins_as_the_targets_last_layer(target: Target) -> None:
-    drafter = MTPDrafter.for_target(target, 4)
+    drafter = MTPDrafter.build(target, None)
     last = dict(target.body.layers[-1].named_parameters())
     own = dict(drafter.layer.named_parameters())
     assert all(torch.equal(own[name], last[name]) for name in last)
-    fresh = MTPDrafter.for_target(target, 4, intermediate_size=20)
+    fresh = MTPDrafter.build(target, None, intermediate_size=20)
     assert fresh.layer.mlp.gate_proj.weight.shape == (20, 32)
     assert drafter.target_layer_ids == (4,)
 

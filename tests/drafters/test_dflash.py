@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -14,10 +15,12 @@ from transformers import PreTrainedTokenizerFast, Starcoder2Config, Starcoder2Fo
 
 from draftopd.drafters import attention
 from draftopd.drafters.base import Draft
-from draftopd.drafters.dflash import DFlashDrafter, default_target_layers, unused_token
+from draftopd.drafters.checkpoint import save_drafter
+from draftopd.drafters.dflash import DFlashDrafter, default_target_layers, unused_token, usual_block_size
 from draftopd.drafters.initial import final_norm_weight
 from draftopd.errors import DrafterError
 from draftopd.targets.load import load_target
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 
 BATCH, LENGTH = 2, 19
@@ -29,10 +32,10 @@ def reference(drafter: DFlashDrafter, target: Target, features: Tensor, anchor: 
     w = {name: tensor.double() for name, tensor in drafter.state_dict().items()}
     heads, groups, size = 4, 2, 16
     context = rms_norm(features[:anchor].double() @ w["fc.weight"].T, w["hidden_norm.weight"])
-    ids = torch.tensor([token] + [drafter.mask_token_id] * (drafter.block_size - 1))
+    ids = torch.tensor([token] + [drafter.config.mask_token_id] * (drafter.block_size - 1))
     block = target.embed(ids).double()
     positions = torch.arange(anchor + drafter.block_size)
-    theta = drafter.config.rope_parameters["rope_theta"]
+    theta = drafter.config.layers.rope_parameters["rope_theta"]
     for i in range(len(drafter.layers)):
         layer = {name.removeprefix(f"layers.{i}."): t for name, t in w.items() if name.startswith(f"layers.{i}.")}
         normed = rms_norm(block, layer["input_layernorm.weight"])
@@ -122,8 +125,8 @@ def test_flex_attention_equals_scaled_dot_products(
         (torch.randn(2, 2, *shape, 16, generator=generator), torch.randn(2, 2, *shape, 16, generator=generator))
         for shape in ((12,), (5, 3))
     )
-    flex, plain = (attention.View.of_many(ends, begins, 3, entries) for entries in (12, None))
-    assert flex.mask is not None
+    flex, plain = attention.View.by_flex(ends, begins, 3, 12), attention.View.in_chunks(ends, begins, 3)
+    assert flex.mask is not None and plain.mask is None
     found, expected = (attention.block_attention(query, context, block, view) for view in (flex, plain))
     torch.testing.assert_close(found, expected)
 
@@ -222,15 +225,16 @@ def test_default_target_layers_are_distinct_and_inside() -> None:
             assert layers[0] >= 0 and layers[-1] < target_layers
 
 
-def test_for_target_takes_the_targets_shape(target: Target) -> None:
-    drafter = DFlashDrafter.for_target(target, num_layers=2, block_size=6, mask_token_id=3)
+def test_a_fresh_drafter_takes_the_targets_shape(target: Target) -> None:
+    drafter = DFlashDrafter.build(target, None, num_layers=2, block_size=6, mask_token_id=3)
     assert drafter.target_layer_ids == default_target_layers(2, 4)
-    assert (drafter.block_size, drafter.num_proposals, drafter.mask_token_id) == (6, 5, 3)
-    shape = drafter.config
+    assert (drafter.block_size, drafter.num_proposals, drafter.config.mask_token_id) == (6, 5, 3)
+    shape = drafter.config.layers
     assert (shape.hidden_size, shape.vocab_size, shape.intermediate_size, shape.head_dim) == (32, 64, 48, 16)
     assert (shape.num_attention_heads, shape.num_key_value_heads) == (4, 2)
     assert shape.rope_parameters["rope_theta"] == 1_000.0
-    assert DFlashDrafter.for_target(target, 1, 4, 3, intermediate_size=20).config.intermediate_size == 20
+    narrow = DFlashDrafter.build(target, None, num_layers=1, mask_token_id=3, intermediate_size=20)
+    assert narrow.config.layers.intermediate_size == 20
 
 
 def test_a_final_layer_norm_gives_its_scales() -> None:
@@ -241,7 +245,7 @@ def test_a_final_layer_norm_gives_its_scales() -> None:
     assert torch.equal(final_norm_weight(target), scales)
 
 
-def test_for_target_fits_each_kind_of_target(target_dirs: dict[str, Path], make_drafter: MakeDrafter) -> None:
+def test_a_fresh_drafter_fits_each_kind_of_target(target_dirs: dict[str, Path], make_drafter: MakeDrafter) -> None:
     for kind in ("qwen3", "qwen3_moe", "llama"):
         target = load_target(str(target_dirs[kind]), dtype="float32")
         setting = Setting(target, make_drafter(target))
@@ -252,46 +256,47 @@ class TestCheckFits:
     @pytest.mark.parametrize(
         ("field", "value", "message"),
         [
-            ("config.hidden_size", 48, "hidden size is 48.*32"),
-            ("config.vocab_size", 100, "vocabulary is 100.*64"),
-            ("num_target_layers", 36, "target layers is 36.*4"),
+            ("target", TargetShape(48, 64, 4), "hidden size is 48.*32"),
+            ("target", TargetShape(32, 100, 4), "vocabulary is 100.*64"),
+            ("target", TargetShape(32, 64, 36), "target layers is 36.*4"),
             ("target_layer_ids", (1, 4), r"\[4\].*0 to 3"),
             ("target_layer_ids", (-1,), r"\[-1\].*0 to 3"),
             ("mask_token_id", 64, "mask_token_id 64.*64"),
             ("mask_token_id", -1, "mask_token_id -1"),
             ("block_size", 1, "block_size 1"),
             ("block_size", 0, "block_size 0"),
+            ("block_size", 1025, "block_size 1025 is more"),
         ],
     )
     def test_refusals(self, target: Target, make_drafter: MakeDrafter, field: str, value: object, message: str) -> None:
-        drafter = make_drafter(target)
-        drafter.check_fits(target)
-        holder, name = (drafter.config, field.split(".")[1]) if "." in field else (drafter, field)
-        setattr(holder, name, value)
+        config = make_drafter(target).config
+        config.check_fits(target.shape)
         with pytest.raises(DrafterError, match=message):
-            drafter.check_fits(target)
+            replace(config, **{field: value}).check_fits(target.shape)
 
     def test_a_fresh_drafter_is_checked(self, target: Target) -> None:
         with pytest.raises(DrafterError, match="block_size 1"):
-            DFlashDrafter.for_target(target, 1, block_size=1, mask_token_id=63)
+            DFlashDrafter.build(target, None, num_layers=1, block_size=1, mask_token_id=63)
         with pytest.raises(DrafterError, match="mask_token_id"):
-            DFlashDrafter.for_target(target, 1, block_size=4, mask_token_id=64)
+            DFlashDrafter.build(target, None, num_layers=1, block_size=4, mask_token_id=64)
         with pytest.raises(DrafterError, match="target layers"):
-            DFlashDrafter.for_target(target, 1, block_size=4, mask_token_id=63, target_layer_ids=(9,))
+            DFlashDrafter.build(target, None, num_layers=1, mask_token_id=63, target_layer_ids=[9])
 
 
 class TestBuild:
     def test_fresh(self, target: Target, tokenizer: PreTrainedTokenizerFast) -> None:
         drafter = DFlashDrafter.build(target, tokenizer, num_layers=2, block_size=8)
-        assert (drafter.block_size, drafter.mask_token_id) == (8, tokenizer.mask_token_id)
+        assert (drafter.block_size, drafter.config.mask_token_id) == (8, tokenizer.mask_token_id)
         assert len(drafter.layers) == 2
         drafter = DFlashDrafter.build(target, tokenizer, num_layers=1, mask_token_id=7, target_layer_ids=[0, 3])
-        assert (drafter.block_size, drafter.mask_token_id, drafter.target_layer_ids) == (16, 7, (0, 3))
+        assert (drafter.config.mask_token_id, drafter.target_layer_ids) == (7, (0, 3))
+        assert drafter.block_size == usual_block_size(target.num_layers) == 8
+        assert [usual_block_size(layers) for layers in (11, 12, 36)] == [8, 16, 16]
 
     def test_from_a_checkpoint(
         self, target: Target, tokenizer: PreTrainedTokenizerFast, make_drafter: MakeDrafter, tmp_path: Path
     ) -> None:
-        make_drafter(target).save(tmp_path)
+        save_drafter(make_drafter(target), tmp_path)
         assert DFlashDrafter.build(target, tokenizer, checkpoint=str(tmp_path)).block_size == 4
         assert DFlashDrafter.build(target, tokenizer, checkpoint=str(tmp_path), block_size=6).block_size == 6
         with pytest.raises(DrafterError, match="block_size 1"):

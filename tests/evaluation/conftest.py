@@ -9,7 +9,7 @@ from tests.support.evaluation import EvaluateAll, Pair, gather
 from transformers import PreTrainedTokenizerBase
 
 from draftopd.drafters.base import Drafter
-from draftopd.drafters.dflash import DFlashDrafter
+from draftopd.drafters.load import load_drafter
 from draftopd.evaluation.benchmark import Example, ReasoningBenchmark
 from draftopd.evaluation.results import Evaluation, PromptResult
 from draftopd.evaluation.runner import evaluate
@@ -25,7 +25,7 @@ def bundled_tokenizer() -> PreTrainedTokenizerBase:
 @pytest.fixture(scope="session")
 def bundled_drafters(bundled_pair: Pair) -> dict[str, Drafter]:
     """Both bundled drafters, by name."""
-    return {"sft": bundled_pair[1], "opd": DFlashDrafter.load("bundled:tiny_dflash_opd").eval()}
+    return {"sft": bundled_pair[1], "opd": load_drafter("bundled:tiny_dflash_opd").eval()}
 
 
 @pytest.fixture

@@ -19,6 +19,7 @@ from draftopd.data.prompts import JsonlPrompts, PromptEncoder
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.rules import Rules
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.load import load_for
@@ -169,16 +170,18 @@ def _buffers(root: Path) -> dict[str, Subject]:
 
 def _drafters(root: Path, target: Target) -> dict[str, Subject]:
     found = {}
-    vocabulary = torch.arange(0, target.vocab_size, 2)
+    vocabulary = list(range(0, target.vocab_size, 2))
     drafters: dict[str, Drafter] = {
-        "dflash": DFlashDrafter.for_target(target, 1, 4, mask_token_id=63),
-        "eagle3": Eagle3Drafter.for_target(target, 4, vocabulary),
-        "mtp": MTPDrafter.for_target(target, 4),
+        "dflash": DFlashDrafter.build(target, None, num_layers=1, block_size=4, mask_token_id=63),
+        "eagle3": Eagle3Drafter.build(
+            target, None, lambda: [vocabulary], block_size=4, draft_vocab_size=len(vocabulary)
+        ),
+        "mtp": MTPDrafter.build(target, None, block_size=4),
     }
     files = TargetFiles(str(root / "target"))
     for kind, drafter in drafters.items():
         randomize(drafter, 0)
-        drafter.save(root / kind)
+        save_drafter(drafter, root / kind)
         found |= _checkpoint(root / kind, f"{kind}'s", lambda place: load_for(target, place))
         write_speculators(drafter, root / f"{kind} speculator", files, "x")
         found |= _checkpoint(
@@ -186,7 +189,7 @@ def _drafters(root: Path, target: Target) -> dict[str, Subject]:
         )
     path = root / "last.ckpt"
     weights = {f"drafter.{name}": tensor for name, tensor in drafters["dflash"].state_dict().items()}
-    torch.save({"drafter": drafters["dflash"].describe(), "state_dict": weights}, path)
+    torch.save({"drafter": drafters["dflash"].config.to_json(), "state_dict": weights}, path)
 
     def read(data: bytes) -> None:
         path.write_bytes(data)

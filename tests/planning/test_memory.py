@@ -97,9 +97,9 @@ def _pair(kind: str, bfloat16: bool) -> tuple[Target, DFlashDrafter | Eagle3Draf
     target = Target(Qwen3ForCausalLM(config).to(torch.bfloat16 if bfloat16 else torch.float32))
     drafter: DFlashDrafter | Eagle3Drafter | MTPDrafter
     if kind == "dflash":
-        drafter = DFlashDrafter.for_target(target, 3, 8, 1999)
+        drafter = DFlashDrafter.build(target, None, num_layers=3, block_size=8, mask_token_id=1999)
     else:
-        drafter = (Eagle3Drafter if kind == "eagle3" else MTPDrafter).for_target(target, 8)
+        drafter = (Eagle3Drafter if kind == "eagle3" else MTPDrafter).build(target, None, block_size=8)
     target.tap(drafter.target_layer_ids)
     ids, lengths = torch.randint(1999, (2, 384)), torch.full((2,), 384)
     anchors = torch.stack([torch.randperm(370)[:48].sort().values + 1 for _ in range(2)])

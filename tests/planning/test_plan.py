@@ -16,7 +16,7 @@ def test_a_large_target_needs_its_layers_sharded(capsys: pytest.CaptureFixture[s
     plan(command)
     whole = capsys.readouterr().out
     assert "30.53 B weights" in whole and "Does not fit" in whole and "trainer=fsdp trainer.devices=8" in whole
-    plan([*command, SHARDED, "module.activation_checkpointing=true"])
+    plan([*command, SHARDED, "drafter.activation_checkpointing=true"])
     sharded = capsys.readouterr().out
     assert "layers sharded" in sharded and "\nFits: " in sharded
 

@@ -90,7 +90,7 @@ def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
     target, tokenizer = load_target("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
     if name == "untrained":
         torch.manual_seed(0)
-        drafter: Drafter = DFlashDrafter.for_target(target, num_layers=1, block_size=8, mask_token_id=5)
+        drafter: Drafter = DFlashDrafter.build(target, None, num_layers=1, block_size=8, mask_token_id=5)
     else:
         drafter = load_drafter(f"bundled:{name}")
     target.tap(drafter.target_layer_ids)
@@ -175,7 +175,7 @@ def two_sample(first: dict[tuple, int], second: dict[tuple, int]) -> float:
 
 def real_and_walked(target: Target, drafter: Drafter, sampling: Sampling) -> tuple[dict[tuple, int], dict[tuple, int]]:
     """Outcomes of real decoding, and of walking texts that the target alone decoded."""
-    drafter.check_fits(target)
+    drafter.config.check_fits(target.shape)
     prompts = [[1, 2, 3, 0, 4]] * RESPONSES
     target.tap(drafter.target_layer_ids)
     generator = torch.Generator().manual_seed(11)

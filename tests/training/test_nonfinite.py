@@ -238,7 +238,9 @@ def one_rank(rank: int, port: int, target_path: str, directory: str) -> None:
         "LOCAL_WORLD_SIZE": "2", "RANK": str(rank), "LOCAL_RANK": str(rank), "GROUP_RANK": "0",
     }  # fmt: skip
     target = load_target(target_path, dtype="float32")
-    drafter = DFlashDrafter.for_target(target, 1, 4, mask_token_id=target.vocab_size - 1, target_layer_ids=(0, 2))
+    drafter = DFlashDrafter.build(
+        target, None, num_layers=1, block_size=4, mask_token_id=target.vocab_size - 1, target_layer_ids=[0, 2]
+    )
     randomize(drafter, 0)
     module = DraftModule(target, drafter, Failing("nan", (1,) if rank == 1 else ()), Rules())
     given = batches(module, 6)[rank::2]

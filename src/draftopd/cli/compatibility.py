@@ -20,6 +20,9 @@ from draftopd.training.module import DraftModule
 
 log = logging.getLogger(__name__)
 
+#: Options of a drafter that a checkpoint does not decide.
+ANY_DRAFTER = ("drafter.attention", "drafter.activation_checkpointing")
+
 
 def check_values(config: DictConfig) -> None:
     """Names, types and ranges of the values that Hydra makes no part of.
@@ -104,7 +107,7 @@ def advise(config: DictConfig) -> None:
     checkpoint = config.drafter.get("checkpoint")
     if checkpoint is None and depends_on_drafter(config.data.anchors):
         log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
-    kept = ("drafter.checkpoint", "drafter.block_size", "drafter.attention", "drafter.activation_checkpointing")
+    kept = ("drafter.checkpoint", "drafter.block_size", *ANY_DRAFTER)
     for name, given in overrides.items():
         if checkpoint is not None and name.startswith("drafter.") and name not in kept:
             log.warning("%s has no effect: %s was loaded. Start fresh: drafter.checkpoint=null.", given, checkpoint)

@@ -195,7 +195,7 @@ def _told_apart(examples: list[Example]) -> list[Example]:
 
 def _weights(drafter: Drafter) -> str:
     """Tells drafters apart, wherever they lie."""
-    digest = hashlib.blake2b(f"{drafter.describe()} {drafter.block_size}".encode(), digest_size=8)
+    digest = hashlib.blake2b(f"{drafter.config.to_json()} {drafter.block_size}".encode(), digest_size=8)
     for tensor in drafter.state_dict().values():
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
     return digest.hexdigest()

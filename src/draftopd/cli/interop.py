@@ -7,8 +7,7 @@ from pathlib import Path
 import torch
 
 from draftopd.drafters.base import Drafter
-from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.drafters.load import assemble, load_drafter
 from draftopd.errors import DrafterError
 from draftopd.interop.speculators import read_speculators, write_speculators
@@ -64,14 +63,13 @@ def export(
         TargetError: if the target cannot be read.
     """  # fmt: skip
     files = TargetFiles(target) if target else None
-    drafter, precision = read_any(source, files.num_layers if files else None), getattr(torch, dtype)
-    method = {DFlashDrafter: "dflash", Eagle3Drafter: "eagle3"}.get(type(drafter))
+    drafter, precision = read_any(source, files.shape.num_layers if files else None), getattr(torch, dtype)
     if format == "public":
-        drafter.save(Path(output), precision)
-        if method is None:
+        save_drafter(drafter, Path(output), precision)
+        if drafter.kind == "mtp":
             return f"train it on: python train.py drafter=mtp drafter.checkpoint={output}"
         return (
-            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{method}", "model": "{output}", '
+            f'serve it: vllm serve TARGET --speculative-config \'{{"method": "{drafter.kind}", "model": "{output}", '
             f'"num_speculative_tokens": {drafter.num_proposals}}}\''
         )
     if files is None:
@@ -88,6 +86,7 @@ def bring_in(source: str, output: str, target: str, dtype: str = "bfloat16") -> 
         TargetError: if the target cannot be read.
     """
     drafter = read_speculators(Path(source), TargetFiles(target))
-    drafter.save(Path(output), getattr(torch, dtype))
-    group = type(drafter).__name__.removesuffix("Drafter").lower()
-    return f"train it: python train.py target=hf target.path={target} drafter={group} drafter.checkpoint={output}"
+    save_drafter(drafter, Path(output), getattr(torch, dtype))
+    return (
+        f"train it: python train.py target=hf target.path={target} drafter={drafter.kind} drafter.checkpoint={output}"
+    )

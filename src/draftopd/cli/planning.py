@@ -108,8 +108,8 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
         batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
         scope=loss.scope if rules_of(config).sampling.greedy or loss.scope != "until_fail" else "proposals",
         loss_copies=loss.logit_copies, gpu=True,
-        checkpointing=config.module.activation_checkpointing, prompt=data.max_prompt_tokens,
-        attention="flex" if d.kind == "dflash" and config.module.attention != "sdpa" else "expanded",
+        checkpointing=config.drafter.activation_checkpointing, prompt=data.max_prompt_tokens,
+        attention="flex" if d.kind == "dflash" and config.drafter.get("attention", "sdpa") != "sdpa" else "expanded",
     )  # fmt: skip
     mean = dataclasses.replace(
         step, tokens=mean_prompt + mean_response, anchors=_anchors(data, mean_response, given.tau)

@@ -20,7 +20,7 @@ from lightning.pytorch.plugins.environments import SLURMEnvironment
 from lightning.pytorch.utilities.exceptions import SIGTERMException
 from omegaconf import DictConfig, OmegaConf
 
-from draftopd.cli.compatibility import advise, check_rollout, check_sharding, check_values
+from draftopd.cli.compatibility import ANY_DRAFTER, advise, check_rollout, check_sharding, check_values
 from draftopd.cli.parts import rules_of
 from draftopd.cli.quiet import quiet
 from draftopd.cli.record import composed, write_record
@@ -30,6 +30,7 @@ from draftopd.decoding.rules import Rules
 from draftopd.distributed.sharding import whole_tensors
 from draftopd.distributed.watch import watched
 from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import save_drafter
 from draftopd.errors import ConfigError, FileError
 from draftopd.io.files import read_json, write_json
 from draftopd.metrics.acceptance_length import acceptance_length
@@ -92,7 +93,7 @@ def run(config: DictConfig) -> TrainingReport:
             trainer.test(module, datamodule=data, verbose=False)
         tensors = whole_tensors(drafter)
     if trainer.is_global_zero:
-        drafter.save(directory / "drafter", tensors=tensors)
+        save_drafter(drafter, directory / "drafter", tensors=tensors)
     report = TrainingReport(
         tau_before=module.run.tau_before,
         tau_after=module.run.tau_after,
@@ -161,7 +162,8 @@ def _compare(directory: Path, config: DictConfig) -> None:
         return
     now = settings(config)
     other = sorted(key for key in before | now if before.get(key) != now.get(key))
-    shape = [key for key in other if key.startswith("drafter.") and key != "drafter.checkpoint"]
+    same = ("drafter.checkpoint", *ANY_DRAFTER)
+    shape = [key for key in other if key.startswith("drafter.") and key not in same]
     if shape:
         raise ConfigError(
             f"{directory} holds a run of another drafter ({', '.join(shape[:3])} differ): give what it began with, or "

@@ -70,7 +70,7 @@ class Decoder:
         self.target, self.drafter = target, drafter
         self.rules, self.compiled = rules, compiled
         if drafter is not None:
-            drafter.check_fits(target)
+            drafter.config.check_fits(target.shape)
             target.tap(drafter.target_layer_ids)
 
     @property

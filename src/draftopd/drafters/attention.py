@@ -32,9 +32,9 @@ Kernel = Literal["auto", "flex", "sdpa"]
 class View(NamedTuple):
     """What blocks see of the context: the entries from ``begins`` up to ``ends [batch, A]``, and their own block.
 
-    ``begins`` None: from entry 0. ``spans``: for each chunk of blocks that :func:`block_attention` takes at once the
-    entries that any of them sees, so that it leaves out the others; None: all. ``mask``: FlexAttention's block mask
-    over all blocks at once, instead of chunks.
+    ``begins`` None: from entry 0. At most one of the others is given, and says how the blocks attend:
+    ``spans``, chunk by chunk, each chunk over its own span of the entries; ``mask``, all at once by FlexAttention.
+    With neither they attend chunk by chunk over all entries.
     """
 
     ends: Tensor
@@ -43,20 +43,24 @@ class View(NamedTuple):
     mask: BlockMask | None = None
 
     @classmethod
-    def of_many(cls, ends: Tensor, begins: Tensor | None, size: int, entries: int | None = None) -> View:
-        """Of blocks of ``size`` queries each.
-
-        Args:
-            entries: of the context, for FlexAttention; None attends by scaled dot products.
-        """
-        if entries is not None:
-            return cls(ends, begins, mask=_block_mask(ends, begins, size, entries))
+    def in_chunks(cls, ends: Tensor, begins: Tensor | None, size: int) -> View:
+        """Blocks of ``size`` queries that leave out the entries that no block of their chunk sees."""
         chunk = max(1, MAX_QUERIES // size)
         first = torch.zeros_like(ends) if begins is None else begins
-        least = torch.stack([part.min() for part in first.split(chunk, 1)])
-        most = torch.stack([part.max() for part in ends.split(chunk, 1)])
-        bounds = torch.stack([least, most.clamp_min(0)], -1).tolist()
-        return cls(ends, begins, [slice(*pair) for pair in bounds])
+        lowest = torch.stack([part.min() for part in first.split(chunk, 1)])
+        highest = torch.stack([part.max() for part in ends.split(chunk, 1)])
+        bounds = torch.stack([lowest, highest.clamp_min(0)], -1).tolist()
+        return cls(ends, begins, spans=[slice(*pair) for pair in bounds])
+
+    @classmethod
+    def by_flex(cls, ends: Tensor, begins: Tensor | None, size: int, entries: int) -> View:
+        """Blocks of ``size`` queries over a context of ``entries``."""
+        return cls(ends, begins, mask=_block_mask(ends, begins, size, entries))
+
+    @property
+    def positions(self) -> Tensor:
+        """``[batch, A]``: where the blocks' views end, counted from the beginning of their sequence."""
+        return self.ends if self.begins is None else self.ends - self.begins
 
 
 def uses_flex(kernel: Kernel, device: torch.device) -> bool:
@@ -79,32 +83,46 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
     """
     if view.mask is not None:
         assert context is not None
-        keys, values = (torch.cat([c, o.flatten(2, 3)], dim=2) for c, o in zip(context, block, strict=True))
-        # Under autocast norms leave queries and keys in float32, and older kernels want one type.
-        query, keys = query.to(values.dtype), keys.to(values.dtype)
-        attended = _flex()(query.flatten(2, 3), keys, values, block_mask=view.mask, enable_gqa=True)
-        return attended.unflatten(2, query.shape[2:4])
-    size, own_size = query.shape[3], block[0].shape[3]
+        return _attend_by_flex(query, context, block, view.mask)
+    return _attend_in_chunks(query, context, block, view)
+
+
+def _attend_by_flex(query: Tensor, context: KeysValues, block: KeysValues, mask: BlockMask) -> Tensor:
+    """All blocks at once; see :func:`block_attention`."""
+    keys, values = (torch.cat([c, o.flatten(2, 3)], dim=2) for c, o in zip(context, block, strict=True))
+    # Under autocast norms leave queries and keys in float32, and older kernels want one type.
+    query, keys = query.to(values.dtype), keys.to(values.dtype)
+    attended = _flex()(query.flatten(2, 3), keys, values, block_mask=mask, enable_gqa=True)
+    return attended.unflatten(2, query.shape[2:4])
+
+
+def _attend_in_chunks(query: Tensor, context: KeysValues | None, block: KeysValues, view: View) -> Tensor:
+    """Chunks of blocks one after the other, by scaled dot products; see :func:`block_attention`."""
+    size = query.shape[3]
     chunk = max(1, MAX_QUERIES // size)
     outputs = []
     for number, start in enumerate(range(0, view.ends.shape[1], chunk)):
         part = slice(start, start + chunk)
-        ends = view.ends[:, part, None]
-        keys, values = block[0][:, :, part].flatten(2, 3), block[1][:, :, part].flatten(2, 3)
-        blocks = torch.arange(ends.shape[1], device=query.device)
-        asked, owned = blocks.repeat_interleave(size), blocks.repeat_interleave(own_size)
-        allowed = (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
+        keys, values = (t[:, :, part].flatten(2, 3) for t in block)
+        allowed = _own_blocks(query[:, :, part], block[0][:, :, part])
         if context is not None:
-            seen = slice(None) if view.spans is None else view.spans[number]
-            entries = torch.arange(context[0].shape[2], device=query.device)[seen]
-            before = entries < ends
+            span = slice(None) if view.spans is None else view.spans[number]
+            entries = torch.arange(context[0].shape[2], device=query.device)[span]
+            before = entries < view.ends[:, part, None]
             if view.begins is not None:
                 before &= entries >= view.begins[:, part, None]
             allowed = torch.cat([before.repeat_interleave(size, dim=1), allowed], dim=-1)
-            keys, values = (torch.cat([c[:, :, seen], o], dim=2) for c, o in zip(context, (keys, values), strict=True))
+            keys, values = (torch.cat([c[:, :, span], o], dim=2) for c, o in zip(context, (keys, values), strict=True))
         attended = _masked(query[:, :, part].flatten(2, 3), keys, values, allowed[:, None])
-        outputs.append(attended.unflatten(2, (len(blocks), size)))
+        outputs.append(attended.unflatten(2, (-1, size)))
     return torch.cat(outputs, dim=2)
+
+
+def _own_blocks(query: Tensor, keys: Tensor) -> Tensor:
+    """``[batch, A * Q, A * B]``: which keys of the blocks' own each query sees, those of its block."""
+    blocks = torch.arange(query.shape[2], device=query.device)
+    asked, owned = blocks.repeat_interleave(query.shape[3]), blocks.repeat_interleave(keys.shape[3])
+    return (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
 
 
 def _masked(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:

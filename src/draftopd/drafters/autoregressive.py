@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View
 from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.drafters.recompute import run_layer
 from draftopd.targets.cache import PositionStore
 from draftopd.targets.target import Target
 
@@ -61,6 +62,8 @@ class AutoregressiveDrafter(Drafter):
     """One layer that drafts token by token; subclasses say what goes into it and what comes out."""
 
     autoregressive = True
+    #: See :func:`~draftopd.drafters.recompute.run_layer`.
+    activation_checkpointing = False
     rotary_emb: nn.Module
 
     @property
@@ -96,7 +99,7 @@ class AutoregressiveDrafter(Drafter):
         context = self._keys_values(self.entry(target, ids[:, 1:], states[:, :-1]).states, positions)
         before = _at(states, (anchors - 1).clamp_min(0))
         # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
-        view = View.of_many(anchors - 1, first, 1)
+        view = View.in_chunks(anchors - 1, first, 1)
         return self._blocks(target, context, before, view, ids.gather(1, anchors), choose)
 
     def start(self, capacity: int) -> DraftState:
@@ -139,7 +142,6 @@ class AutoregressiveDrafter(Drafter):
         entries. Like the first token of a text, that of a packed sequence has no entry that counts.
         """
         layer = self.layer
-        places = view.ends if view.begins is None else view.ends - view.begins
 
         def pass_layer(entry: Entry, own: KeysValues, rotary: Rotary) -> Tensor:
             output = entry.residual + layer.self_attn(entry.states, context, own, view, rotary)
@@ -148,12 +150,12 @@ class AutoregressiveDrafter(Drafter):
         keys, values, hidden, proposals = [], [], [], []
         for step in range(self.num_proposals):
             entry = self.entry(target, tokens, states)
-            rotary = self.rotary_emb(entry.states, places + step)
+            rotary = self.rotary_emb(entry.states, view.positions + step)
             key, value = layer.self_attn.keys_values(entry.states, rotary)
             keys.append(key)
             values.append(value)
             own = torch.stack(keys, 3), torch.stack(values, 3)
-            output = self.through(pass_layer, entry, own, rotary)
+            output = run_layer(pass_layer, entry, own, rotary, recompute=self.activation_checkpointing)
             slot, states = self.leave(output)
             tokens = choose(slot[:, :, None])[..., 0]
             hidden.append(slot)

@@ -9,19 +9,13 @@ while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`, :meth:`Drafter.d
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar, NamedTuple
 
-import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
-from typing_extensions import Self
 
-from draftopd.drafters.attention import Kernel
-from draftopd.drafters.checkpoint import cast, read_checkpoint, write_checkpoint
-from draftopd.errors import DrafterError
-from draftopd.io.hub import resolve
+from draftopd.drafters.config import DrafterConfig
 from draftopd.targets.cache import PositionStore
 from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
@@ -29,9 +23,6 @@ from draftopd.targets.target import Target
 #: Picks tokens ``[..., n]`` from the drafter's states ``[..., n, hidden]`` of its next ``n`` slots. A block-parallel
 #: drafter calls it once a block; an autoregressive one once a slot, and goes on from the token it gets.
 Chooser = Callable[[Tensor], Tensor]
-
-#: Longest block: a larger number is a mistake, and would only take memory.
-MOST_BLOCK = 1024
 
 
 class Draft(NamedTuple):
@@ -41,51 +32,40 @@ class Draft(NamedTuple):
     tokens: Tensor
 
 
-class TargetShape(NamedTuple):
-    """What of a target a drafter is made for."""
-
-    hidden_size: int
-    vocab_size: int
-    num_layers: int
-
-
-class HasShape(Protocol):
-    """A target, or what its files say of it."""
-
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def num_layers(self) -> int: ...
-
-
 class Drafter(nn.Module, ABC):
-    """Base class; see the module's text for the two settings."""
+    """Base class; see the module's text for the two settings.
 
-    #: Anchor plus proposals.
-    block_size: int
-    #: Target layers read; layer ``i`` means the output of layer ``i``.
-    target_layer_ids: tuple[int, ...]
-    #: Whether it may read the states after the target's final norm too, as layer ``num_layers``.
-    reads_final_norm = False
+    Args:
+        config: everything of it but its weights, of the type :attr:`config_class`.
+    """
+
+    #: Short name, as in ``configs/drafter/``.
+    kind: ClassVar[str]
+    config_class: ClassVar[type[DrafterConfig]]
     #: Whether each proposal depends on the ones before it.
     autoregressive = False
-    #: Keep only what goes into a layer, and compute the layer again on the way back: less memory, more time.
-    activation_checkpointing = False
-    #: The kernel that attends in :meth:`replay`, where there is a choice.
-    attention: Kernel = "auto"
 
-    def through(self, layer: Callable[..., Tensor], *inputs: Any) -> Tensor:
-        """``layer(*inputs)``, computed again in the backward pass with :attr:`activation_checkpointing`."""
-        if not (self.activation_checkpointing and torch.is_grad_enabled()):
-            return layer(*inputs)
-        output: Tensor = checkpoint(layer, *inputs, use_reentrant=False)
-        return output
+    def __init__(self, config: DrafterConfig) -> None:
+        super().__init__()
+        self.config = config
+
+    @property
+    def block_size(self) -> int:
+        """Anchor plus proposals; may be changed at any time."""
+        return self.config.block_size
+
+    @block_size.setter
+    def block_size(self, size: int) -> None:
+        self.config = replace(self.config, block_size=size)
 
     @property
     def num_proposals(self) -> int:
-        return self.block_size - 1
+        return self.config.block_size - 1
+
+    @property
+    def target_layer_ids(self) -> tuple[int, ...]:
+        """Target layers read; layer ``i`` means the output of layer ``i``."""
+        return self.config.target_layer_ids
 
     def head(self, target: Target) -> LMHead:
         """Maps its states to logits: the target's own LM head, unless the drafter has one."""
@@ -144,93 +124,9 @@ class Drafter(nn.Module, ABC):
         Returns a draft with ``A = 1``.
         """
 
-    @abstractmethod
-    def describe(self) -> dict[str, Any]:
-        """Its public ``config.json`` as plain containers: with the tensors all that makes the drafter."""
-
-    @classmethod
-    @abstractmethod
-    def assemble(
-        cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
-    ) -> Self:
-        """The drafter of a ``config.json`` and its tensors, in float32.
-
-        Args:
-            where: names the checkpoint in errors.
-            num_target_layers: depth of its target, where the checkpoint does not say it.
+    def check_weights(self, where: str) -> None:
+        """Refuse a checkpoint's weights that contradict each other; most drafters have nothing to compare.
 
         Raises:
-            DrafterError: if a field is missing or garbled, or a tensor is missing, extra or misshapen.
+            DrafterError: if they do; ``where`` names the checkpoint.
         """
-
-    @classmethod
-    def load(cls, directory: str | Path, num_target_layers: int | None = None) -> Self:
-        """Read a checkpoint in the public format, in float32; see :meth:`assemble`.
-
-        Raises:
-            DrafterError: if it is missing, damaged, or another drafter's.
-        """
-        place = Path(resolve(str(directory)))
-        return cls.assemble(*read_checkpoint(place), str(place), num_target_layers)
-
-    @classmethod
-    def load_for(cls, target: HasShape, directory: str | Path, block_size: int | None = None) -> Self:
-        """Read a checkpoint for this target.
-
-        Args:
-            block_size: replaces the one it was trained with; None keeps it.
-
-        Raises:
-            DrafterError: as :meth:`load`, or if the drafter does not fit the target.
-        """
-        drafter = cls.load(directory, target.num_layers)
-        if block_size is not None:
-            drafter.block_size = block_size
-        drafter.check_fits(target)
-        return drafter
-
-    def save(
-        self, directory: Path, dtype: torch.dtype = torch.bfloat16, tensors: Mapping[str, Tensor] | None = None
-    ) -> None:
-        """Write config.json and model.safetensors in the public format; what was there stays whole until then.
-
-        Args:
-            tensors: its weights, where they are not here as a whole.
-        """
-        raw = self.describe() | {"torch_dtype": str(dtype).removeprefix("torch.")}
-        write_checkpoint(Path(directory), raw, cast(self.state_dict() if tensors is None else tensors, dtype))
-
-    @abstractmethod
-    def made_for(self) -> TargetShape:
-        """The target it was made for."""
-
-    def check_fits(self, target: HasShape) -> None:
-        """Refuse a target this drafter was not made for.
-
-        Raises:
-            DrafterError: naming what was found and what was expected.
-        """
-        if self.block_size < 2:
-            raise DrafterError(
-                f"block_size {self.block_size} proposes nothing: a block is the anchor plus at least one "
-                "proposal, use 2 or more."
-            )
-        if self.block_size > MOST_BLOCK:
-            raise DrafterError(
-                f"block_size {self.block_size} is more than any drafter's: use {MOST_BLOCK} or less, or another one."
-            )
-        names = ("hidden size", "vocabulary", "number of target layers")
-        its = TargetShape(target.hidden_size, target.vocab_size, target.num_layers)
-        for what, mine, found in zip(names, self.made_for(), its, strict=True):
-            if mine != found:
-                raise DrafterError(
-                    f"The drafter was made for a target whose {what} is {mine}, but this target's is {found}: "
-                    "use the target it was trained with, or train a new drafter (experiment=sft)."
-                )
-        most = target.num_layers - (not self.reads_final_norm)
-        wrong = [i for i in self.target_layer_ids if not 0 <= i <= most]
-        if wrong:
-            raise DrafterError(
-                f"The drafter reads target layers {wrong}, but the target has layers 0 to {target.num_layers - 1}: "
-                "use a drafter trained for this target."
-            )

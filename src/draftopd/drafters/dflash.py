@@ -3,10 +3,15 @@
 The block ``[anchor, mask, ..., mask]`` passes once through a few Qwen3-like layers and comes out as
 K proposals. Attention inside the block is bidirectional; the target's tapped hidden states enter as
 extra keys and values of every layer. Embedding and LM head are the target's, shared and frozen.
+
+A public checkpoint is ``config.json`` and ``model.safetensors``. Tensor names are the drafter's own parameter names;
+embedding and LM head are not stored.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -16,14 +21,84 @@ from transformers import PreTrainedTokenizerBase, Qwen3Config
 from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP, Qwen3RMSNorm, Qwen3RotaryEmbedding
 from typing_extensions import Self
 
-from draftopd.drafters.attention import DraftAttention, KeysValues, Rotary, View, uses_flex
-from draftopd.drafters.base import Chooser, Draft, Drafter, HasShape, TargetShape
-from draftopd.drafters.checkpoint import filled
-from draftopd.drafters.dflash_format import describe, parse_config, refuse_others
+from draftopd.drafters.attention import DraftAttention, Kernel, KeysValues, Rotary, View, uses_flex
+from draftopd.drafters.base import Chooser, Draft, Drafter
+from draftopd.drafters.checkpoint import load_as
+from draftopd.drafters.config import DrafterConfig, check_architecture, layer_fields, parse_layers, reading
 from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
+from draftopd.drafters.recompute import run_layer
 from draftopd.errors import DrafterError
+from draftopd.io.json_text import whole
 from draftopd.targets.cache import PositionStore
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
+
+#: Parts of tensor names by which third-party variants of DFlash are known.
+_VARIANTS = ("qkv_proj", "g_proj", "aux_hidden_norms")
+
+
+@dataclass(frozen=True)
+class DFlashConfig(DrafterConfig):
+    """What a DFlash ``config.json`` says.
+
+    Args:
+        layers: Qwen3 fields of the drafter's own layers; ``hidden_size`` and ``vocab_size`` are the target's.
+        mask_token_id: stands in the slots to be proposed; its embedding is the target's row.
+    """
+
+    layers: Qwen3Config
+    mask_token_id: int
+
+    architectures = ("DFlashDraftModel",)
+
+    @classmethod
+    def from_json(
+        cls, raw: dict[str, Any], where: str, tensors: Collection[str] = (), num_target_layers: int | None = None
+    ) -> Self:
+        check_architecture(cls, raw, where)
+        unusual = sorted(name for name in tensors if any(part in name for part in _VARIANTS))
+        if unusual:
+            raise DrafterError(
+                f"{where} is a DFlash variant with {unusual[:4]}, which this drafter does not have: name another."
+            )
+        with reading("DFlash", where):
+            dflash = raw.get("dflash_config") or {}
+            # Newer releases keep the block size among DFlash's own fields.
+            block_size = whole(raw["block_size"] if "block_size" in raw else dflash["block_size"])
+            taps = tuple(whole(i) for i in dflash["target_layer_ids"])
+            mask_token_id, depth = whole(dflash["mask_token_id"]), whole(raw["num_target_layers"])
+            if not taps:
+                raise ValueError("target_layer_ids, which is empty")
+        layers = parse_layers(Qwen3Config, raw, where)
+        target = TargetShape(layers.hidden_size, layers.vocab_size, depth)
+        return cls(target, block_size, taps, layers, mask_token_id)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "architectures": [self.architectures[0]],
+            "auto_map": {"AutoModel": "dflash.DFlashDraftModel"},
+            **layer_fields(self.layers),
+            "block_size": self.block_size,
+            "num_target_layers": self.target.num_layers,
+            "dflash_config": {"mask_token_id": self.mask_token_id, "target_layer_ids": list(self.target_layer_ids)},
+        }
+
+    @property
+    def num_layers(self) -> int:
+        return self.layers.num_hidden_layers
+
+    def check_fits(self, target: TargetShape) -> None:
+        super().check_fits(target)
+        if not 0 <= self.mask_token_id < target.vocab_size:
+            raise DrafterError(
+                f"mask_token_id {self.mask_token_id} lies outside the target's vocabulary of {target.vocab_size}: "
+                "choose an unused id inside it (drafter.mask_token_id)."
+            )
+
+
+def usual_block_size(target_layers: int) -> int:
+    """Anchor plus proposals of a fresh drafter: 16 as in the DFlash release, 8 for targets of fewer than 12 layers."""
+    return 16 if target_layers >= 12 else 8
 
 
 def default_target_layers(drafter_layers: int, target_layers: int) -> tuple[int, ...]:
@@ -68,62 +143,24 @@ class DFlashLayer(nn.Module):
 
 
 class DFlashDrafter(Drafter):
-    """The DFlash draft model.
+    """The DFlash draft model."""
 
-    Args:
-        config: Qwen3 fields of the drafter's own layers; ``hidden_size`` is the target's.
-        block_size: anchor plus proposals.
-        target_layer_ids: target layers whose outputs are tapped.
-        mask_token_id: stands in the slots to be proposed; its embedding is the target's row.
-        num_target_layers: depth of the target this drafter was made for.
-    """
+    kind = "dflash"
+    config_class = DFlashConfig
+    config: DFlashConfig
+    #: The kernel that attends in :meth:`replay`.
+    attention: Kernel = "auto"
+    #: See :func:`~draftopd.drafters.recompute.run_layer`.
+    activation_checkpointing = False
 
-    def __init__(
-        self,
-        config: Qwen3Config,
-        block_size: int,
-        target_layer_ids: tuple[int, ...],
-        mask_token_id: int,
-        num_target_layers: int,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.block_size = block_size
-        self.target_layer_ids = tuple(target_layer_ids)
-        self.mask_token_id = mask_token_id
-        self.num_target_layers = num_target_layers
-        self.layers = nn.ModuleList(DFlashLayer(config) for _ in range(config.num_hidden_layers))
-        self.fc = nn.Linear(len(self.target_layer_ids) * config.hidden_size, config.hidden_size, bias=False)
-        self.hidden_norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.norm = Qwen3RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
-
-    @classmethod
-    def for_target(
-        cls,
-        target: Target,
-        num_layers: int,
-        block_size: int,
-        mask_token_id: int,
-        target_layer_ids: tuple[int, ...] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
-    ) -> Self:
-        """A fresh drafter of the target's width: normally distributed weights, the target's final norm.
-
-        Args:
-            num_layers: depth of the drafter.
-            target_layer_ids: default as in the DFlash release, see :func:`default_target_layers`.
-            intermediate_size: width of the MLP; default the target's.
-            num_heads: attention heads; default the target's. Key/value heads are the target's, at most as many.
-        """
-        config = Qwen3Config(**layer_shape(target, num_layers, intermediate_size, num_heads))
-        taps = target_layer_ids or default_target_layers(num_layers, target.num_layers)
-        drafter = cls(config, block_size, tuple(taps), mask_token_id, target.num_layers)
-        draw_weights(drafter, config.initializer_range)
-        drafter.norm.weight.data.copy_(final_norm_weight(target))
-        drafter.check_fits(target)
-        return drafter
+    def __init__(self, config: DFlashConfig) -> None:
+        super().__init__(config)
+        layers, size = config.layers, config.target.hidden_size
+        self.layers = nn.ModuleList(DFlashLayer(layers) for _ in range(layers.num_hidden_layers))
+        self.fc = nn.Linear(len(config.target_layer_ids) * size, size, bias=False)
+        self.hidden_norm = Qwen3RMSNorm(size, layers.rms_norm_eps)
+        self.norm = Qwen3RMSNorm(size, layers.rms_norm_eps)
+        self.rotary_emb = Qwen3RotaryEmbedding(layers)
 
     @classmethod
     def build(
@@ -132,49 +169,40 @@ class DFlashDrafter(Drafter):
         tokenizer: PreTrainedTokenizerBase,
         texts: object = None,
         checkpoint: str | None = None,
-        num_layers: PositiveInt = 5,
         block_size: int | None = None,
-        default_block_size: int = 16,
+        num_layers: PositiveInt = 5,
         mask_token_id: int | None = None,
         target_layer_ids: list[int] | None = None,
         intermediate_size: PositiveInt | None = None,
         num_heads: PositiveInt | None = None,
+        attention: Kernel = "auto",
+        activation_checkpointing: bool = False,
     ) -> Self:
         """The drafter of a checkpoint, or a fresh one, checked against the target.
 
+        A fresh one is as wide as the target. Its weights are normally distributed; its last norm is the target's.
+
         Args:
-            checkpoint: directory in the public DFlash layout; None starts fresh with the other arguments.
-            block_size: with a checkpoint, replaces the one it was trained with.
-            default_block_size: of a fresh drafter, where ``block_size`` is None.
+            checkpoint: directory in the public DFlash layout; None starts fresh with the arguments up to ``num_heads``.
+            block_size: with a checkpoint, replaces the one it was trained with; default :func:`usual_block_size`.
+            num_layers: depth of the drafter.
+            mask_token_id: default :func:`unused_token`, the only thing that the tokenizer is asked for.
+            target_layer_ids: default :func:`default_target_layers`.
+            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
         """
         if checkpoint is not None:
-            return cls.load_for(target, checkpoint, block_size)
-        taps = tuple(target_layer_ids) if target_layer_ids else None
-        mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
-        size = default_block_size if block_size is None else block_size
-        return cls.for_target(target, num_layers, size, mask, taps, intermediate_size, num_heads)
-
-    @classmethod
-    def assemble(
-        cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
-    ) -> Self:
-        refuse_others(raw, tensors, where)
-        config, extras = parse_config(raw, where)
-        return filled(lambda: cls(config, **extras), tensors, config.num_hidden_layers, where)
-
-    def describe(self) -> dict[str, Any]:
-        return describe(self)
-
-    def made_for(self) -> TargetShape:
-        return TargetShape(self.config.hidden_size, self.config.vocab_size, self.num_target_layers)
-
-    def check_fits(self, target: HasShape) -> None:
-        super().check_fits(target)
-        if not 0 <= self.mask_token_id < target.vocab_size:
-            raise DrafterError(
-                f"mask_token_id {self.mask_token_id} lies outside the target's vocabulary of {target.vocab_size}: "
-                "choose an unused id inside it (drafter.mask_token_id)."
-            )
+            drafter = load_as(cls, target, checkpoint, block_size)
+        else:
+            layers = Qwen3Config(**layer_shape(target, num_layers, intermediate_size, num_heads))
+            size = usual_block_size(target.num_layers) if block_size is None else block_size
+            taps = tuple(target_layer_ids or default_target_layers(num_layers, target.num_layers))
+            mask = unused_token(target, tokenizer) if mask_token_id is None else mask_token_id
+            drafter = cls(DFlashConfig(target.shape, size, taps, layers, mask))
+            draw_weights(drafter, layers.initializer_range)
+            drafter.norm.weight.data.copy_(final_norm_weight(target))
+            drafter.config.check_fits(target.shape)
+        drafter.attention, drafter.activation_checkpointing = attention, activation_checkpointing
+        return drafter
 
     def context(self, features: Tensor, positions: Tensor) -> list[KeysValues]:
         """Every layer's context keys and values, ``[batch, kv_heads, n, head_dim]`` each."""
@@ -195,8 +223,10 @@ class DFlashDrafter(Drafter):
         positions, first = torch.arange(features.shape[1], device=features.device)[None], None
         if begins is not None:
             positions, first = positions - begins, begins.gather(1, anchors)
-        entries = ids.shape[1] if uses_flex(self.attention, ids.device) else None
-        view = View.of_many(anchors, first, self.block_size, entries)
+        if uses_flex(self.attention, ids.device):
+            view = View.by_flex(anchors, first, self.block_size, ids.shape[1])
+        else:
+            view = View.in_chunks(anchors, first, self.block_size)
         return self._blocks(target, self.context(features, positions), view, ids.gather(1, anchors), choose)
 
     def start(self, capacity: int) -> list[PositionStore]:
@@ -231,13 +261,13 @@ class DFlashDrafter(Drafter):
         self, target: Target, context: list[KeysValues], view: View, anchor_tokens: Tensor, choose: Chooser
     ) -> Draft:
         """Blocks at the anchors where their view ends."""
-        tokens = anchor_tokens.new_full((*anchor_tokens.shape, self.block_size), self.mask_token_id)
+        tokens = anchor_tokens.new_full((*anchor_tokens.shape, self.block_size), self.config.mask_token_id)
         tokens[..., 0] = anchor_tokens
         block = target.embed(tokens).to(self.fc.weight.dtype).flatten(1, 2)
-        places = view.ends if view.begins is None else view.ends - view.begins
-        positions = (places[..., None] + torch.arange(self.block_size, device=places.device)).flatten(1)
+        slots = torch.arange(self.block_size, device=anchor_tokens.device)
+        positions = (view.positions[..., None] + slots).flatten(1)
         rotary = self.rotary_emb(block, positions)
         for layer, keys_values in zip(self.layers, context, strict=True):
-            block = self.through(layer, block, keys_values, view, rotary)
+            block = run_layer(layer, block, keys_values, view, rotary, recompute=self.activation_checkpointing)
         hidden = self.norm(block.unflatten(1, (-1, self.block_size))[:, :, 1:])
         return Draft(hidden, choose(hidden))

@@ -3,11 +3,17 @@
 One Llama-like layer reads the embedding of a token beside the state before it: first the target's low, middle and
 high features, fused, then the layer's own output. It has an LM head of its own, over a part of the target's
 vocabulary.
+
+A public checkpoint (SafeAILab, SpecForge) is ``config.json`` and ``model.safetensors``. Tensor names are the drafter's
+own parameter names; the embedding is stored only where it is not the target's. Engines count tapped layers in two
+ways: SGLang names the layer whose output is read (``eagle_config``), vLLM the layer whose input is (the top-level
+field, which it looks at first). Where the layers are the usual ones no checkpoint names them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,14 +25,27 @@ from typing_extensions import Self
 
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
-from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import filled
+from draftopd.drafters.checkpoint import load_as
+from draftopd.drafters.config import DrafterConfig, check_architecture, layer_fields, parse_layers, reading
 from draftopd.drafters.draft_vocabulary import frequent_tokens
-from draftopd.drafters.eagle3_format import describe, parse_config, refuse_others, usual_layers
 from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
 from draftopd.errors import DrafterError
+from draftopd.io.json_text import shown, whole
 from draftopd.targets.head import LMHead, Vocabulary
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
+
+#: Anchor plus proposals of a fresh drafter, and where a checkpoint does not say it: 7 steps of training-time test.
+USUAL_BLOCK_SIZE = 8
+
+#: Options, and parts of tensor names, by which variants of EAGLE-3 are known.
+_VARIANT_OPTIONS = ("fc_norm", "norm_before_fc", "norm_output")
+_VARIANT_TENSORS = ("fc_norm", "input_norm", "qkv_proj", "_norm.bias")
+
+
+def usual_layers(target_layers: int) -> tuple[int, ...]:
+    """The layers that engines tap where a checkpoint names none."""
+    return (1, target_layers // 2 - 1, target_layers - 4)
 
 
 def default_target_layers(target_layers: int) -> tuple[int, ...]:
@@ -38,6 +57,101 @@ def default_target_layers(target_layers: int) -> tuple[int, ...]:
     if usual[0] < usual[1] < usual[2]:
         return usual
     return tuple(dict.fromkeys((0, target_layers // 2, target_layers - 1)))
+
+
+@dataclass(frozen=True)
+class Eagle3Config(DrafterConfig):
+    """What an EAGLE-3 ``config.json`` says.
+
+    Args:
+        layers: Llama fields of its layer; ``vocab_size`` is the target's, ``hidden_size`` the drafter's own.
+        draft_vocab_size: tokens that its LM head can propose.
+        own_embedding: carry token embeddings instead of reading the target's.
+        norm_before_residual: add to the normalised state instead of the state itself.
+    """
+
+    layers: LlamaConfig
+    draft_vocab_size: int
+    own_embedding: bool = False
+    norm_before_residual: bool = False
+
+    # The second is vLLM's name.
+    architectures = ("LlamaForCausalLMEagle3", "Eagle3LlamaForCausalLM")
+
+    @classmethod
+    def from_json(
+        cls, raw: dict[str, Any], where: str, tensors: Collection[str] = (), num_target_layers: int | None = None
+    ) -> Self:
+        check_architecture(cls, raw, where)
+        options = [name for name in _VARIANT_OPTIONS if raw.get(name)]
+        unusual = sorted(name for name in tensors if any(part in name for part in _VARIANT_TENSORS))
+        if options or unusual:
+            raise DrafterError(
+                f"{where} is an EAGLE-3 variant with {options + unusual[:4]}, which this drafter has not: name another."
+            )
+        if raw.get("num_hidden_layers", 1) != 1:
+            raise DrafterError(
+                f"{where} has {shown(raw['num_hidden_layers'], 40)} layers; an EAGLE-3 drafter has one: name another."
+            )
+        with reading("EAGLE-3", where):
+            depth = raw.get("num_target_layers", num_target_layers)
+            if depth is None:
+                raise DrafterError(f"{where} does not say how deep its target is: name the target.")
+            taps = (raw.get("eagle_config") or {}).get("eagle_aux_hidden_state_layer_ids")
+            if raw.get("eagle_aux_hidden_state_layer_ids"):
+                taps = [whole(i) - 1 for i in raw["eagle_aux_hidden_state_layer_ids"]]
+            block_size = whole(raw.get("block_size", USUAL_BLOCK_SIZE))
+            taps = tuple(whole(i) for i in taps) if taps else None
+            sizes = {
+                "num_target_layers": whole(depth),
+                "draft_vocab_size": whole(raw.get("draft_vocab_size") or raw["vocab_size"]),
+                "target_hidden_size": whole(raw.get("target_hidden_size") or raw["hidden_size"]),
+            }
+            for name, size in sizes.items():
+                if size < 1:
+                    raise ValueError(f"{name}, which is {size}")
+        depth, draft_vocab_size, width = sizes.values()
+        layers = parse_layers(LlamaConfig, raw, where)
+        return cls(
+            TargetShape(width, layers.vocab_size, depth),
+            block_size,
+            default_target_layers(depth) if taps is None else taps,
+            layers,
+            draft_vocab_size,
+            own_embedding="embed_tokens.weight" in tensors,
+            norm_before_residual=bool(raw.get("norm_before_residual", False)),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        raw = {
+            "architectures": [self.architectures[0]],
+            **layer_fields(self.layers),
+            "draft_vocab_size": self.draft_vocab_size,
+            "norm_before_residual": self.norm_before_residual,
+            "block_size": self.block_size,
+            "num_target_layers": self.target.num_layers,
+        }
+        if self.target.hidden_size != self.layers.hidden_size:
+            raw["target_hidden_size"] = self.target.hidden_size
+        if self.target_layer_ids != usual_layers(self.target.num_layers):
+            taps = list(self.target_layer_ids)
+            raw["eagle_aux_hidden_state_layer_ids"] = [i + 1 for i in taps]
+            raw["eagle_config"] = {"use_aux_hidden_state": True, "eagle_aux_hidden_state_layer_ids": taps}
+        return raw
+
+    @property
+    def own_head(self) -> int:
+        return self.draft_vocab_size
+
+    @property
+    def reduced(self) -> bool:
+        """Whether it proposes only a part of the target's vocabulary."""
+        return self.draft_vocab_size != self.target.vocab_size
+
+    @property
+    def ignored_tensors(self) -> tuple[str, ...]:
+        # A whole vocabulary needs no tables; some checkpoints have them all the same.
+        return () if self.reduced else ("t2d", "d2t")
 
 
 class Eagle3Layer(nn.Module):
@@ -56,90 +170,33 @@ class Eagle3Layer(nn.Module):
 class Eagle3Drafter(AutoregressiveDrafter):
     """The EAGLE-3 draft model.
 
-    Args:
-        config: Llama fields of its layer; ``vocab_size`` is the target's.
-        block_size: anchor plus proposals.
-        target_layer_ids: target layers whose outputs are fused.
-        num_target_layers: depth of the target this drafter was made for.
-        draft_vocab_size: tokens that its LM head can propose.
-        target_hidden_size: width of the target; None: its own.
-        own_embedding: carry token embeddings instead of reading the target's.
-        norm_before_residual: add to the normalised state instead of the state itself.
-
     Raises:
         DrafterError: if its width is not the target's and it has no embedding of its own.
     """
 
-    def __init__(
-        self,
-        config: LlamaConfig,
-        block_size: int,
-        target_layer_ids: tuple[int, ...],
-        num_target_layers: int,
-        draft_vocab_size: int | None = None,
-        target_hidden_size: int | None = None,
-        own_embedding: bool = False,
-        norm_before_residual: bool = False,
-    ) -> None:
-        super().__init__()
-        size = config.hidden_size
-        self.config = config
-        self.block_size = block_size
-        self.target_layer_ids = tuple(target_layer_ids)
-        self.num_target_layers = num_target_layers
-        self.draft_vocab_size = draft_vocab_size or config.vocab_size
-        self.target_hidden_size = target_hidden_size or size
-        self.norm_before_residual = norm_before_residual
-        if self.target_hidden_size != size and not own_embedding:
+    kind = "eagle3"
+    config_class = Eagle3Config
+    config: Eagle3Config
+
+    def __init__(self, config: Eagle3Config) -> None:
+        super().__init__(config)
+        layers, size, width = config.layers, config.layers.hidden_size, config.target.hidden_size
+        if width != size and not config.own_embedding:
             raise DrafterError(
-                f"An EAGLE-3 drafter of hidden size {size} for a target of {self.target_hidden_size} needs "
-                "embed_tokens.weight of its own, which is missing: copy it again, or name another."
+                f"An EAGLE-3 drafter of hidden size {size} for a target of {width} needs embed_tokens.weight of its "
+                "own, which is missing: copy it again, or name another."
             )
-        self.embed_tokens = nn.Embedding(config.vocab_size, size).requires_grad_(False) if own_embedding else None
-        self.fc = nn.Linear(len(self.target_layer_ids) * self.target_hidden_size, size, bias=False)
-        self.midlayer = Eagle3Layer(config)
-        self.norm = LlamaRMSNorm(size, config.rms_norm_eps)
-        self.lm_head = nn.Linear(size, self.draft_vocab_size, bias=False)
-        self.rotary_emb = LlamaRotaryEmbedding(config)
+        vocabulary, proposed = config.target.vocab_size, config.draft_vocab_size
+        self.embed_tokens = nn.Embedding(vocabulary, size).requires_grad_(False) if config.own_embedding else None
+        self.fc = nn.Linear(len(config.target_layer_ids) * width, size, bias=False)
+        self.midlayer = Eagle3Layer(layers)
+        self.norm = LlamaRMSNorm(size, layers.rms_norm_eps)
+        self.lm_head = nn.Linear(size, proposed, bias=False)
+        self.rotary_emb = LlamaRotaryEmbedding(layers)
         self.t2d: Tensor | None
         self.d2t: Tensor | None
-        reduced = self.draft_vocab_size != config.vocab_size
-        self.register_buffer("t2d", torch.zeros(config.vocab_size, dtype=torch.bool) if reduced else None)
-        self.register_buffer("d2t", torch.zeros(self.draft_vocab_size, dtype=torch.long) if reduced else None)
-
-    @classmethod
-    def for_target(
-        cls,
-        target: Target,
-        block_size: int,
-        vocabulary: Tensor | None = None,
-        target_layer_ids: tuple[int, ...] | None = None,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
-        norm_before_residual: bool = False,
-    ) -> Self:
-        """A fresh drafter: normally distributed weights, the target's final norm and rows of its LM head.
-
-        Args:
-            vocabulary: target token ids that it can propose; None: all.
-            target_layer_ids: default as engines take them, see :func:`default_target_layers`.
-            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
-        """
-        config = LlamaConfig(**layer_shape(target, 1, intermediate_size, num_heads))
-        ids = torch.arange(target.vocab_size) if vocabulary is None else vocabulary.cpu().unique()
-        taps = target_layer_ids or default_target_layers(target.num_layers)
-        drafter = cls(
-            config, block_size, tuple(taps), target.num_layers, len(ids), norm_before_residual=norm_before_residual
-        )
-        draw_weights(drafter, config.initializer_range)
-        with torch.no_grad():
-            drafter.norm.weight.copy_(final_norm_weight(target))
-            drafter.lm_head.weight.copy_(target.head.weight[ids.to(target.device)])
-            if drafter.t2d is not None and drafter.d2t is not None:
-                drafter.t2d[ids] = True
-                drafter.d2t.copy_(ids - torch.arange(len(ids)))
-        drafter.check_fits(target)
-        return drafter
+        self.register_buffer("t2d", torch.zeros(vocabulary, dtype=torch.bool) if config.reduced else None)
+        self.register_buffer("d2t", torch.zeros(proposed, dtype=torch.long) if config.reduced else None)
 
     @classmethod
     def build(
@@ -149,63 +206,58 @@ class Eagle3Drafter(AutoregressiveDrafter):
         texts: Callable[[], Iterable[list[int]]] | None = None,
         checkpoint: str | None = None,
         block_size: int | None = None,
-        default_block_size: int = 8,
         draft_vocab_size: PositiveInt | None = None,
         target_layer_ids: list[int] | None = None,
         intermediate_size: PositiveInt | None = None,
         num_heads: PositiveInt | None = None,
         norm_before_residual: bool = False,
+        activation_checkpointing: bool = False,
     ) -> Self:
-        """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.
+        """The drafter of a checkpoint, or a fresh one, checked against the target.
+
+        A fresh one has normally distributed weights, the target's final norm and rows of its LM head.
 
         Args:
             texts: the target's responses as token ids, from which the draft vocabulary is chosen.
             checkpoint: directory in the public EAGLE-3 layout; None starts fresh with the other arguments.
-            block_size: with a checkpoint, replaces the one it was trained with.
-            default_block_size: of a fresh drafter, where ``block_size`` is None.
-            draft_vocab_size: so many of the tokens that are most frequent in the texts; None: the whole vocabulary.
+            block_size: with a checkpoint, replaces the one it was trained with; default :data:`USUAL_BLOCK_SIZE`.
+            draft_vocab_size: this many of the tokens that are most frequent in the texts; None: the whole vocabulary.
+            target_layer_ids: default as engines take them, see :func:`default_target_layers`.
+            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
         """
         if checkpoint is not None:
-            return cls.load_for(target, checkpoint, block_size)
-        vocabulary = None
-        if draft_vocab_size is not None and draft_vocab_size != target.vocab_size:
-            vocabulary = frequent_tokens(texts() if texts else [], draft_vocab_size, target.vocab_size)
-        return cls.for_target(
-            target,
-            default_block_size if block_size is None else block_size,
-            vocabulary,
-            tuple(target_layer_ids) if target_layer_ids else None,
-            intermediate_size,
-            num_heads,
-            norm_before_residual,
-        )
-
-    @classmethod
-    def assemble(
-        cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
-    ) -> Self:
-        refuse_others(raw, tensors, where)
-        config, extras = parse_config(raw, where, num_target_layers)
-        if extras["target_layer_ids"] is None:
-            extras["target_layer_ids"] = default_target_layers(extras["num_target_layers"])
-        own = "embed_tokens.weight" in tensors
-        if extras["draft_vocab_size"] == config.vocab_size:
-            # A whole vocabulary needs no tables; some checkpoints have them all the same.
-            tensors = {n: t for n, t in tensors.items() if n not in ("t2d", "d2t")}
-        drafter = filled(lambda: cls(config, **extras, own_embedding=own), tensors, 1, where)
-        if drafter.t2d is not None and drafter.d2t is not None:
-            ids = torch.arange(drafter.draft_vocab_size) + drafter.d2t
-            if not torch.equal(ids, drafter.t2d.nonzero()[:, 0]):
-                raise DrafterError(
-                    f"The tables t2d and d2t of {where} do not name the same tokens in ascending order: copy it again."
-                )
+            drafter = load_as(cls, target, checkpoint, block_size)
+        else:
+            layers = LlamaConfig(**layer_shape(target, 1, intermediate_size, num_heads))
+            ids = torch.arange(target.vocab_size)
+            if draft_vocab_size is not None and draft_vocab_size != target.vocab_size:
+                ids = frequent_tokens(texts() if texts else [], draft_vocab_size, target.vocab_size)
+            size = USUAL_BLOCK_SIZE if block_size is None else block_size
+            taps = tuple(target_layer_ids or default_target_layers(target.num_layers))
+            config = Eagle3Config(target.shape, size, taps, layers, len(ids), norm_before_residual=norm_before_residual)
+            drafter = cls(config)
+            draw_weights(drafter, layers.initializer_range)
+            drafter.take_from(target, ids)
+            config.check_fits(target.shape)
+        drafter.activation_checkpointing = activation_checkpointing
         return drafter
 
-    def describe(self) -> dict[str, Any]:
-        return describe(self)
+    @torch.no_grad()
+    def take_from(self, target: Target, ids: Tensor) -> None:
+        """Copy the target's final norm and the rows ``ids``, ascending, of its LM head."""
+        self.norm.weight.copy_(final_norm_weight(target))
+        self.lm_head.weight.copy_(target.head.weight[ids.to(target.device)])
+        if self.t2d is not None and self.d2t is not None:
+            self.t2d[ids] = True
+            self.d2t.copy_(ids - torch.arange(len(ids)))
 
-    def made_for(self) -> TargetShape:
-        return TargetShape(self.target_hidden_size, self.config.vocab_size, self.num_target_layers)
+    def check_weights(self, where: str) -> None:
+        if self.t2d is None or self.d2t is None:
+            return
+        if not torch.equal(torch.arange(len(self.d2t)) + self.d2t, self.t2d.nonzero()[:, 0]):
+            raise DrafterError(
+                f"The tables t2d and d2t of {where} do not name the same tokens in ascending order: copy it again."
+            )
 
     def head(self, target: Target) -> LMHead:
         return LMHead(self.lm_head, vocabulary=None if self.t2d is None else Vocabulary(self.t2d))
@@ -221,7 +273,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
         embedded = target.embed(tokens) if self.embed_tokens is None else self.embed_tokens(tokens)
         embedded = self.midlayer.input_layernorm(embedded.to(states.dtype))
         normed = self.midlayer.hidden_norm(states)
-        return Entry(torch.cat([embedded, normed], -1), normed if self.norm_before_residual else states)
+        return Entry(torch.cat([embedded, normed], -1), normed if self.config.norm_before_residual else states)
 
     def leave(self, output: Tensor) -> tuple[Tensor, Tensor]:
         return self.norm(output), output

@@ -2,57 +2,57 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from draftopd.drafters import dflash_format, eagle3_format, mtp_format
-from draftopd.drafters.base import Drafter, HasShape
-from draftopd.drafters.checkpoint import architecture_of, read_checkpoint
+from draftopd.drafters.base import Drafter
+from draftopd.drafters.checkpoint import assemble_as, fitted, read_checkpoint
+from draftopd.drafters.config import architecture_of
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
 from draftopd.errors import DrafterError
 from draftopd.io.hub import resolve
+from draftopd.targets.target import Target
 
-#: Drafters by the architecture that their ``config.json`` names.
-DRAFTERS: dict[str, type[Drafter]] = {
-    dflash_format.ARCHITECTURE: DFlashDrafter,
-    **dict.fromkeys(eagle3_format.ARCHITECTURES, Eagle3Drafter),
-    mtp_format.ARCHITECTURE: MTPDrafter,
-}
-
-
-def kind_of(raw: dict[str, Any], where: str) -> type[Drafter]:
-    """The kind of drafter that a ``config.json`` describes.
-
-    Raises:
-        DrafterError: if it is none of these.
-    """
-    architecture = architecture_of(raw)
-    if architecture not in DRAFTERS:
-        raise DrafterError(
-            f"{where} holds a {architecture}, expected one of {', '.join(DRAFTERS)}: name a drafter's directory, or "
-            "bring it into its public format (python -m draftopd.interop import)."
-        )
-    return DRAFTERS[architecture]
-
-
-def assemble(
-    raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
-) -> Drafter:
-    """See :meth:`Drafter.assemble`."""
-    return kind_of(raw, where).assemble(raw, tensors, where, num_target_layers)
+#: Kinds of drafters.
+KINDS: tuple[type[Drafter], ...] = (DFlashDrafter, Eagle3Drafter, MTPDrafter)
 
 
 def load_drafter(directory: str | Path, num_target_layers: int | None = None) -> Drafter:
-    """See :meth:`Drafter.load`."""
+    """Read a checkpoint in a public format, in float32.
+
+    Args:
+        num_target_layers: depth of its target, where the checkpoint does not say it.
+
+    Raises:
+        DrafterError: if it is missing or damaged, or not a drafter.
+    """
     place = Path(resolve(str(directory)))
     return assemble(*read_checkpoint(place), str(place), num_target_layers)
 
 
-def load_for(target: HasShape, directory: str | Path, block_size: int | None = None) -> Drafter:
-    """See :meth:`Drafter.load_for`."""
-    place = Path(resolve(str(directory)))
-    return kind_of(read_checkpoint(place)[0], str(place)).load_for(target, place, block_size)
+def load_for(target: Target, directory: str | Path, block_size: int | None = None) -> Drafter:
+    """Read a checkpoint for this target; see :func:`~draftopd.drafters.checkpoint.load_as`."""
+    return fitted(load_drafter(directory, target.num_layers), target, block_size)
+
+
+def assemble(
+    raw: dict[str, Any], tensors: Mapping[str, Tensor], where: str, num_target_layers: int | None = None
+) -> Drafter:
+    """The drafter of a ``config.json`` and its tensors; see :func:`~draftopd.drafters.checkpoint.assemble_as`.
+
+    Raises:
+        DrafterError: if it is of none of the kinds, or its fields and tensors are not a drafter's.
+    """
+    kinds = {name: kind for kind in KINDS for name in kind.config_class.architectures}
+    architecture = architecture_of(raw)
+    if architecture not in kinds:
+        raise DrafterError(
+            f"{where} holds a {architecture}, expected one of {', '.join(kinds)}: name a drafter's directory, or "
+            "bring it into its public format (python -m draftopd import)."
+        )
+    return assemble_as(kinds[architecture], raw, tensors, where, num_target_layers)

@@ -5,10 +5,15 @@ The layout is the next-token block of Qwen3-Next, Qwen3.5 and MiMo: the token's 
 normalised, joined by one linear map, and pass through one Qwen3 decoder layer; its normalised output
 goes to the target's LM head and, as the next step's state, around again. Embedding and LM head are the target's,
 shared and frozen.
+
+The public format is an MTP head by itself in vLLM's ``speculators`` layout: ``config.json`` and ``model.safetensors``.
+Tensor names are the drafter's own parameter names.
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,11 +25,86 @@ from typing_extensions import Self
 
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.autoregressive import AutoregressiveDrafter, Entry
-from draftopd.drafters.base import TargetShape
-from draftopd.drafters.checkpoint import filled
+from draftopd.drafters.checkpoint import load_as
+from draftopd.drafters.config import DrafterConfig, architecture_of, layer_fields, parse_layers, reading
 from draftopd.drafters.initial import draw_weights, final_norm_weight, layer_shape
-from draftopd.drafters.mtp_format import OF_THE_TARGET, describe, parse_config
+from draftopd.errors import DrafterError
+from draftopd.io.json_text import shown, whole
+from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
+
+#: Anchor plus proposals of a fresh drafter: 3 steps.
+USUAL_BLOCK_SIZE = 4
+
+
+@dataclass(frozen=True)
+class MTPConfig(DrafterConfig):
+    """What the ``config.json`` of an MTP head says.
+
+    Args:
+        layers: Qwen3 fields of its layer; ``hidden_size`` and ``vocab_size`` are the target's.
+    """
+
+    layers: Qwen3Config
+
+    architectures = ("MTPDraftModel",)
+    reads_final_norm = True
+
+    @classmethod
+    def from_json(
+        cls, raw: dict[str, Any], where: str, tensors: Collection[str] = (), num_target_layers: int | None = None
+    ) -> Self:
+        if raw.get("speculators_model_type") != "mtp":
+            raise DrafterError(
+                f"{where} holds a {architecture_of(raw)}, expected an {cls.architectures[0]}: use another drafter= "
+                "group."
+            )
+        fields = raw.get("transformer_layer_config")
+        if not isinstance(fields, dict) or fields.get("model_type") != "qwen3":
+            kind = fields.get("model_type") if isinstance(fields, dict) else None
+            raise DrafterError(
+                f"{where} is an MTP head of {shown(kind or 'unknown', 60)} layers, expected qwen3: name another."
+            )
+        if raw.get("num_nextn_predict_layers", 1) != 1:
+            raise DrafterError(
+                f"{where} has {shown(raw['num_nextn_predict_layers'], 40)} layers; an MTP drafter here has one: name "
+                "another."
+            )
+        with reading("MTP", where):
+            proposals = whole(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
+            # The layer's fields are the target's.
+            depth = whole(fields["num_hidden_layers"])
+        own = {name: value for name, value in fields.items() if name not in ("layer_types", "num_hidden_layers")}
+        layers = parse_layers(Qwen3Config, own | {"num_hidden_layers": 1}, where)
+        return cls(TargetShape(layers.hidden_size, layers.vocab_size, depth), proposals + 1, (depth,), layers)
+
+    def to_json(self, verifier: str | None = None, architectures: list[str] | None = None) -> dict[str, Any]:
+        """The ``config.json`` as plain containers; the tensors' dtype is left out.
+
+        Args:
+            verifier: how a server finds the target: a hub name, or a directory.
+            architectures: the target's.
+        """
+        depth = self.target.num_layers
+        layers = layer_fields(self.layers) | {"num_hidden_layers": depth, "layer_types": ["full_attention"] * depth}
+        return {
+            "architectures": [self.architectures[0]],
+            "speculators_model_type": "mtp",
+            "speculators_version": "0.9.0",
+            "transformer_layer_config": layers,
+            "num_nextn_predict_layers": 1,
+            "speculators_config": {
+                "algorithm": "mtp",
+                "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": self.block_size - 1}],
+                "default_proposal_method": "greedy",
+                "verifier": {"name_or_path": verifier, "architectures": architectures or []},
+            },
+            "tie_word_embeddings": False,
+        }
+
+    @property
+    def ignored_tensors(self) -> tuple[str, ...]:
+        return ("embed_tokens.weight", "lm_head.weight", "verifier_lm_head.weight")  # the target's
 
 
 class MTPLayer(nn.Module):
@@ -44,48 +124,15 @@ class MTPLayer(nn.Module):
 
 
 class MTPDrafter(AutoregressiveDrafter):
-    """The MTP draft model.
+    """The MTP draft model."""
 
-    Args:
-        config: Qwen3 fields of its layer; ``hidden_size`` is the target's.
-        block_size: anchor plus proposals.
-        num_target_layers: depth of the target this drafter was made for.
-    """
+    kind = "mtp"
+    config_class = MTPConfig
 
-    reads_final_norm = True
-
-    def __init__(self, config: Qwen3Config, block_size: int, num_target_layers: int) -> None:
-        super().__init__()
-        self.config = config
-        self.block_size = block_size
-        self.num_target_layers = num_target_layers
-        self.target_layer_ids = (num_target_layers,)
-        self.mtp_layers = nn.ModuleList([MTPLayer(config)])
-        self.rotary_emb = Qwen3RotaryEmbedding(config)
-
-    @classmethod
-    def for_target(
-        cls,
-        target: Target,
-        block_size: int,
-        intermediate_size: int | None = None,
-        num_heads: int | None = None,
-        from_last_layer: bool = True,
-    ) -> Self:
-        """A fresh drafter: normally distributed weights, the target's final norm.
-
-        Args:
-            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
-            from_last_layer: begin with the weights of the target's last layer, where it is of the same kind and shape.
-        """
-        config = Qwen3Config(**layer_shape(target, 1, intermediate_size, num_heads))
-        drafter = cls(config, block_size, target.num_layers)
-        draw_weights(drafter, config.initializer_range)
-        drafter.layer.final_layernorm.weight.data.copy_(final_norm_weight(target))
-        if from_last_layer:
-            _copy_layer(target.body.layers[-1], drafter.layer)
-        drafter.check_fits(target)
-        return drafter
+    def __init__(self, config: MTPConfig) -> None:
+        super().__init__(config)
+        self.mtp_layers = nn.ModuleList([MTPLayer(config.layers)])
+        self.rotary_emb = Qwen3RotaryEmbedding(config.layers)
 
     @classmethod
     def build(
@@ -95,36 +142,34 @@ class MTPDrafter(AutoregressiveDrafter):
         texts: object = None,
         checkpoint: str | None = None,
         block_size: int | None = None,
-        default_block_size: int = 4,
         intermediate_size: PositiveInt | None = None,
         num_heads: PositiveInt | None = None,
         from_last_layer: bool = True,
+        activation_checkpointing: bool = False,
     ) -> Self:
-        """As :meth:`for_target`, or from a checkpoint; refuses a target it does not fit.
+        """The drafter of a checkpoint, or a fresh one, checked against the target.
+
+        A fresh one has normally distributed weights and the target's final norm.
 
         Args:
-            checkpoint: directory as :meth:`save` writes it; None starts fresh with the other arguments.
-            block_size: with a checkpoint, replaces the one it was trained with.
-            default_block_size: of a fresh drafter, where ``block_size`` is None.
+            checkpoint: directory as training writes it; None starts fresh with the other arguments.
+            block_size: with a checkpoint, replaces the one it was trained with; default :data:`USUAL_BLOCK_SIZE`.
+            intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
+            from_last_layer: begin with the weights of the target's last layer, where it is of the same kind and shape.
         """
         if checkpoint is not None:
-            return cls.load_for(target, checkpoint, block_size)
-        size = default_block_size if block_size is None else block_size
-        return cls.for_target(target, size, intermediate_size, num_heads, from_last_layer)
-
-    @classmethod
-    def assemble(
-        cls, raw: dict[str, Any], tensors: dict[str, Tensor], where: str, num_target_layers: int | None = None
-    ) -> Self:
-        config, extras = parse_config(raw, where)
-        own = {n: t for n, t in tensors.items() if n not in OF_THE_TARGET}
-        return filled(lambda: cls(config, **extras), own, 1, where)
-
-    def describe(self) -> dict[str, Any]:
-        return describe(self)
-
-    def made_for(self) -> TargetShape:
-        return TargetShape(self.config.hidden_size, self.config.vocab_size, self.num_target_layers)
+            drafter = load_as(cls, target, checkpoint, block_size)
+        else:
+            layers = Qwen3Config(**layer_shape(target, 1, intermediate_size, num_heads))
+            size = USUAL_BLOCK_SIZE if block_size is None else block_size
+            drafter = cls(MTPConfig(target.shape, size, (target.num_layers,), layers))
+            draw_weights(drafter, layers.initializer_range)
+            drafter.layer.final_layernorm.weight.data.copy_(final_norm_weight(target))
+            if from_last_layer:
+                _copy_layer(target.body.layers[-1], drafter.layer)
+            drafter.config.check_fits(target.shape)
+        drafter.activation_checkpointing = activation_checkpointing
+        return drafter
 
     @property
     def layer(self) -> MTPLayer:

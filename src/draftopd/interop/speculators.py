@@ -13,14 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from draftopd.drafters import dflash_format, eagle3_format
 from draftopd.drafters.base import Drafter
-from draftopd.drafters.checkpoint import cast, layer_fields, read_checkpoint, write_checkpoint
-from draftopd.drafters.dflash import DFlashDrafter
-from draftopd.drafters.eagle3 import Eagle3Drafter
+from draftopd.drafters.checkpoint import read_checkpoint, write_checkpoint
+from draftopd.drafters.config import DrafterConfig, layer_fields
+from draftopd.drafters.dflash import DFlashConfig
+from draftopd.drafters.eagle3 import Eagle3Config
 from draftopd.drafters.load import assemble
-from draftopd.drafters.mtp import MTPDrafter
-from draftopd.drafters.mtp_format import describe as describe_mtp
+from draftopd.drafters.mtp import MTPConfig
 from draftopd.errors import DrafterError
 from draftopd.interop.target_files import TargetFiles
 from draftopd.io.json_text import shown, whole
@@ -41,26 +40,26 @@ def write_speculators(
     Raises:
         DrafterError: if the drafter was not made for this target, or taps its last layer where that cannot be said.
     """
-    drafter.check_fits(target)
+    drafter.config.check_fits(target.shape)
     if str(target.config.get("model_type", "")).startswith("gemma"):
         raise DrafterError(
             f"{target.path} scales its embeddings, which the speculators format cannot say: export the drafter in its "
             "public format."
         )
-    tensors = cast(drafter.state_dict(), dtype)
-    if isinstance(drafter, DFlashDrafter):
-        config = _dflash_config(drafter, target, name)
-        tensors["embed_tokens.weight"] = target.embedding().to(dtype)
-        tensors["lm_head.weight"] = target.lm_head().to(dtype).clone()
-    elif isinstance(drafter, Eagle3Drafter):
-        config = _eagle3_config(drafter, target, name)
+    tensors, config = dict(drafter.state_dict()), drafter.config
+    if isinstance(config, DFlashConfig):
+        raw = _dflash_json(config, target, name)
+        tensors["embed_tokens.weight"] = target.embedding()
+        tensors["lm_head.weight"] = target.lm_head().clone()
+    elif isinstance(config, Eagle3Config):
+        raw = _eagle3_json(config, target, name)
         tensors = {n.replace("midlayer.", "layers.0."): t for n, t in tensors.items()}
-        tensors.setdefault("embed_tokens.weight", target.embedding().to(dtype))
-    elif isinstance(drafter, MTPDrafter):
-        config = describe_mtp(drafter, name, target.architectures)
+        tensors.setdefault("embed_tokens.weight", target.embedding())
+    elif isinstance(config, MTPConfig):
+        raw = config.to_json(name, target.architectures)
     else:
         raise DrafterError(f"The speculators format has no {type(drafter).__name__}.")
-    write_checkpoint(directory, config | {"torch_dtype": str(dtype).removeprefix("torch.")}, tensors)
+    write_checkpoint(directory, raw, tensors, dtype)
 
 
 def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
@@ -91,18 +90,18 @@ def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
         raise DrafterError(
             f"config.json of {directory} lacks or garbles {shown(str(error))}: copy or export it again."
         ) from error
-    drafter = assemble(raw, tensors, str(directory), target.num_layers)
-    drafter.check_fits(target)
+    drafter = assemble(raw, tensors, str(directory), target.shape.num_layers)
+    drafter.config.check_fits(target.shape)
     return drafter
 
 
-def _common(drafter: Drafter, algorithm: str, target: TargetFiles, name: str) -> dict[str, Any]:
+def _common(config: DrafterConfig, algorithm: str, target: TargetFiles, name: str) -> dict[str, Any]:
     return {
         "speculators_model_type": algorithm,
         "speculators_version": "0.9.0",
         "speculators_config": {
             "algorithm": algorithm,
-            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": drafter.num_proposals}],
+            "proposal_methods": [{"proposal_type": "greedy", "speculative_tokens": config.block_size - 1}],
             "default_proposal_method": "greedy",
             "verifier": {"name_or_path": name, "architectures": target.architectures},
         },
@@ -110,20 +109,21 @@ def _common(drafter: Drafter, algorithm: str, target: TargetFiles, name: str) ->
     }
 
 
-def _dflash_config(drafter: DFlashDrafter, target: TargetFiles, name: str) -> dict[str, Any]:
-    if target.num_layers - 1 in drafter.target_layer_ids:
+def _dflash_json(config: DFlashConfig, target: TargetFiles, name: str) -> dict[str, Any]:
+    last = target.shape.num_layers - 1
+    if last in config.target_layer_ids:
         raise DrafterError(
-            f"The drafter taps the target's last layer ({target.num_layers - 1}), which the speculators format cannot "
-            "say: export it in its public format."
+            f"The drafter taps the target's last layer ({last}), which the speculators format cannot say: export it in "
+            "its public format."
         )
     return {
         "architectures": ["DFlashSpeculator"],
-        **_common(drafter, "dflash", target, name),
-        "transformer_layer_config": layer_fields(drafter.config),
-        "draft_vocab_size": target.vocab_size,
-        "block_size": drafter.block_size,
-        "mask_token_id": drafter.mask_token_id,
-        "aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
+        **_common(config, "dflash", target, name),
+        "transformer_layer_config": layer_fields(config.layers),
+        "draft_vocab_size": target.shape.vocab_size,
+        "block_size": config.block_size,
+        "mask_token_id": config.mask_token_id,
+        "aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
         "sample_from_anchor": False,
     }
 
@@ -144,22 +144,22 @@ def _from_dflash(
         raise DrafterError(f"{directory} reads the target's embedding (layer id 0), which is no layer's output.")
     return {
         **layers,
-        "architectures": [dflash_format.ARCHITECTURE],
+        "architectures": [DFlashConfig.architectures[0]],
         "block_size": raw["block_size"],
-        "num_target_layers": target.num_layers,
+        "num_target_layers": target.shape.num_layers,
         "dflash_config": {"mask_token_id": raw["mask_token_id"], "target_layer_ids": taps},
     }
 
 
-def _eagle3_config(drafter: Eagle3Drafter, target: TargetFiles, name: str) -> dict[str, Any]:
+def _eagle3_json(config: Eagle3Config, target: TargetFiles, name: str) -> dict[str, Any]:
     return {
         "architectures": ["Eagle3Speculator"],
-        **_common(drafter, "eagle3", target, name),
-        "transformer_layer_config": layer_fields(drafter.config),
-        "draft_vocab_size": drafter.draft_vocab_size,
-        "target_hidden_size": drafter.target_hidden_size,
-        "norm_before_residual": drafter.norm_before_residual,
-        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in drafter.target_layer_ids],
+        **_common(config, "eagle3", target, name),
+        "transformer_layer_config": layer_fields(config.layers),
+        "draft_vocab_size": config.draft_vocab_size,
+        "target_hidden_size": config.target.hidden_size,
+        "norm_before_residual": config.norm_before_residual,
+        "eagle_aux_hidden_state_layer_ids": [i + 1 for i in config.target_layer_ids],
     }
 
 
@@ -172,9 +172,9 @@ def _from_eagle3(
     config = {
         **raw["transformer_layer_config"],
         **{name: raw[name] for name in (*own, *variants) if raw.get(name) is not None},
-        "architectures": [eagle3_format.ARCHITECTURES[0]],
+        "architectures": [Eagle3Config.architectures[0]],
         "block_size": proposals + 1,
-        "num_target_layers": target.num_layers,
+        "num_target_layers": target.shape.num_layers,
     }
     tensors = {n.replace("layers.0.", "midlayer."): t for n, t in tensors.items() if not n.startswith("verifier_")}
     embedding = tensors.get("embed_tokens.weight")

@@ -12,6 +12,7 @@ from transformers.utils import cached_file
 from draftopd.errors import TargetError
 from draftopd.io.hub import check_places, local_only, resolve, unavailable
 from draftopd.io.json_text import parse_json, shown, whole
+from draftopd.targets.shape import TargetShape
 
 _INDEX, _WHOLE = "model.safetensors.index.json", "model.safetensors"
 
@@ -37,8 +38,8 @@ class TargetFiles:
         self.architectures: list[str] = raw.get("architectures") or []
         self.config: dict[str, Any] = raw.get("text_config") or raw
         try:
-            self.num_layers = whole(self.config["num_hidden_layers"])
-            self.hidden_size, self.vocab_size = whole(self.config["hidden_size"]), whole(self.config["vocab_size"])
+            depth = whole(self.config["num_hidden_layers"])
+            self.shape = TargetShape(whole(self.config["hidden_size"]), whole(self.config["vocab_size"]), depth)
         except KeyError as error:
             raise TargetError(f"config.json of {path} has no {error}: name the target the drafter is for.") from error
         except (ValueError, TypeError) as error:

@@ -148,7 +148,7 @@ class Run:
         """What makes a phase smaller, the cheapest in time or quality first."""
         step, texts = self.step, self.texts
         if phase == "training step" and not step.checkpointing:
-            yield "module.activation_checkpointing=true", self._stepped(lambda s: replace(s, checkpointing=True))
+            yield "drafter.activation_checkpointing=true", self._stepped(lambda s: replace(s, checkpointing=True))
         if phase == "rollout" and texts.decoding and texts.decoding.rows > 1:
             rows = texts.decoding.rows // 2
             yield (

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from torch import nn
 
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.base import Drafter
-from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.errors import DrafterError
 from draftopd.replay.blocks import Scope
 from draftopd.targets.target import Target
@@ -17,6 +16,9 @@ from draftopd.targets.target import Target
 #: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
 #: ``expanded`` too with keys and values repeated for all heads (on a GPU), ``math`` holds every score.
 Attention = Literal["flex", "chunks", "expanded", "math"]
+
+#: Drafters that a plan is known for.
+Kind = Literal["dflash", "eagle3", "mtp"]
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,7 @@ class DrafterSize:
         own_head: rows of its own LM head; 0 where it shares the target's.
     """
 
-    kind: Literal["dflash", "eagle3", "mtp"]
+    kind: Kind
     hidden: int
     layers: int
     heads: int
@@ -108,19 +110,17 @@ class DrafterSize:
     @classmethod
     def of(cls, drafter: Drafter) -> DrafterSize:
         """Read off a drafter, which may lie on the meta device."""
-        kinds = {"DFlashDrafter": "dflash", "Eagle3Drafter": "eagle3", "MTPDrafter": "mtp"}
-        kind = next((kinds[base.__name__] for base in type(drafter).__mro__ if base.__name__ in kinds), None)
-        if kind is None:
-            raise DrafterError(f"No plan is known for a {type(drafter).__name__}: choose from {', '.join(kinds)}.")
-        config: Any = drafter.config
+        if drafter.kind not in get_args(Kind):
+            raise DrafterError(f"No plan is known for drafter={drafter.kind}: choose from {', '.join(get_args(Kind))}.")
+        layers: Any = drafter.config.layers  # type: ignore[attr-defined]
         attention = [m for m in drafter.modules() if isinstance(m, DraftAttention)]
         trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
         return cls(
-            kind=kind, hidden=config.hidden_size, layers=len(attention), heads=config.num_attention_heads,  # type: ignore[arg-type]
-            kv_heads=config.num_key_value_heads, head_dim=config.head_dim, mlp=config.intermediate_size,
+            kind=drafter.kind, hidden=layers.hidden_size, layers=len(attention), heads=layers.num_attention_heads,  # type: ignore[arg-type]
+            kv_heads=layers.num_key_value_heads, head_dim=layers.head_dim, mlp=layers.intermediate_size,
             block=drafter.block_size, taps=len(drafter.target_layer_ids), last_tap=max(drafter.target_layer_ids),
             elements=trained, frozen_elements=_count(drafter) - trained,
-            own_head=drafter.draft_vocab_size if isinstance(drafter, Eagle3Drafter) else 0,
+            own_head=drafter.config.own_head,
         )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from draftopd.targets.cache import ContextCache, PositionCache
 from draftopd.targets.head import LMHead
 from draftopd.targets.masks import LayerMasks, own_block
 from draftopd.targets.packed import within
+from draftopd.targets.shape import TargetShape
 
 #: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
@@ -101,6 +102,10 @@ class Target(nn.Module):
     @property
     def num_layers(self) -> int:
         return len(self.body.layers)
+
+    @property
+    def shape(self) -> TargetShape:
+        return TargetShape(self.hidden_size, self.vocab_size, self.num_layers)
 
     @property
     def max_positions(self) -> int:

@@ -18,7 +18,6 @@ from draftopd.decoding.rules import Rules
 from draftopd.distributed import ranks
 from draftopd.distributed.interruption import ends_at_once
 from draftopd.distributed.sharding import Shards
-from draftopd.drafters.attention import Kernel
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
@@ -72,8 +71,6 @@ class DraftModule(L.LightningModule):
         fresh: FreshAnchors | None = None,
         seed: int = 0,
         compiled: bool = False,
-        activation_checkpointing: bool = False,
-        attention: Kernel = "auto",
         count_flops: bool = False,
         max_skipped_in_a_row: int = 10,
         keep_nonfinite: int = 3,
@@ -83,9 +80,8 @@ class DraftModule(L.LightningModule):
             raise ConfigError(f"module.keep_nonfinite must be 0 or more, found {keep_nonfinite}.")
         if count_flops and compiled:
             raise ConfigError("module.count_flops=true cannot look into compiled decoding: leave compiled=true out.")
-        drafter.check_fits(target)
+        drafter.config.check_fits(target.shape)
         self._frozen = (target.tap(drafter.target_layer_ids),)
-        drafter.activation_checkpointing, drafter.attention = activation_checkpointing, attention
         self.drafter, self.loss, self.rules, self.fresh = drafter, loss, rules, fresh
         self.make_optimizer, self.make_schedule = optimizer, schedule
         self.seed, self.compiled, self.keep_nonfinite = seed, compiled, keep_nonfinite
@@ -267,7 +263,7 @@ class DraftModule(L.LightningModule):
     # Checkpoints.
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["drafter"] = self.drafter.describe()  # so that it can be exported by itself
+        checkpoint["drafter"] = self.drafter.config.to_json()  # so that it can be exported by itself
         checkpoint["run"] = self.run.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
