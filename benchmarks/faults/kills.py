@@ -41,8 +41,9 @@ SHORT = (
 )  # fmt: skip
 KINDS: dict[str, tuple[str, ...]] = {
     "greedy": (),
-    "sampled": ("rollout.temperature=1.0",),
-    "decode_free": ("rollout=decode_free", "refresh.every_n_steps=2"),
+    "sampled": ("temperature=1.0",),
+    "decode_free": ("rollout=decode_free",),
+    "fresh": ("rollout=fresh",),
     "random_anchors": ("data.anchors=random", "loss=cross_entropy", "trainer.accumulate_grad_batches=2"),
 }
 LOST_AFTER = 10
@@ -54,7 +55,7 @@ PHASES = {
     "step": "draftopd.training.module:DraftModule.training_step",
     "validation": "draftopd.training.module:DraftModule.validation_step",
     "checkpoint": "draftopd.training.checkpoints:LastCheckpoint._keep",
-    "drafter": "draftopd.drafters.base:Drafter.save",
+    "drafter": "draftopd.cli.training:save_drafter",
 }
 
 

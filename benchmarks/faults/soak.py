@@ -46,7 +46,7 @@ FIGURE = ROOT / "docs" / "figures" / "soak.png"
 #: The learning rate stays at its peak, because the run has no planned end.
 SHORT = (
     "data.prompts_per_refresh=32", "data.batch_size=8", "data.batches_per_epoch=12", "data.validation_count=16",
-    "max_new_tokens=192", "trainer.max_epochs=1000000", "module.warmup=0", "trainer.log_every_n_steps=1",
+    "max_new_tokens=192", "trainer.max_epochs=1000000", "schedule.warmup=0", "trainer.log_every_n_steps=1",
     "trainer.enable_progress_bar=false", "trainer.accelerator=cpu",
 )  # fmt: skip
 #: By what is counted: the method whose calls are counted.

@@ -24,7 +24,7 @@ COMMON = [
     "data.test_count=0", "module.count_flops=false", "seed=7",
 ]  # fmt: skip
 SFT = ["experiment=plateau/sft"]
-FRESH = ["rollout=decode_free", "refresh.every_n_steps=1"]
+FRESH = ["rollout=fresh"]
 SMALL = ["data.batch_size=4", "data.batches_per_epoch=128"]
 TINY = ["data.batch_size=2", "data.batches_per_epoch=256"]
 ALIKE = ["loss.accepted_gamma=1.0"]
@@ -37,8 +37,8 @@ TO_REVERSE = ["loss@loss.second=reverse_kl", "loss.second.include_correction=tru
 ROWS = {
     "sft": SFT,
     "sft_b4": [*SFT, *SMALL],
-    "sft_b4_lr3": [*SFT, *SMALL, "module.learning_rate=3e-4"],
-    "sft_b4_lr30": [*SFT, *SMALL, "module.learning_rate=3e-3"],
+    "sft_b4_lr3": [*SFT, *SMALL, "optimizer.lr=3e-4"],
+    "sft_b4_lr30": [*SFT, *SMALL, "optimizer.lr=3e-3"],
     "sft_b4_k12": [*SFT, *SMALL, *LONGER],
     "sft_b4_k16": [*SFT, *SMALL, *LONGEST],
     "asym": FRESH,
@@ -47,12 +47,12 @@ ROWS = {
     "b8": [*FRESH, "data.batch_size=8", "data.batches_per_epoch=64"],
     "b4": [*FRESH, *SMALL],
     "b4_g1": [*FRESH, *SMALL, *ALIKE],
-    "b4_g1_lr15": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=1.5e-3"],
-    "b4_g1_lr5": [*FRESH, *SMALL, *ALIKE, "module.learning_rate=5e-3"],
+    "b4_g1_lr15": [*FRESH, *SMALL, *ALIKE, "optimizer.lr=1.5e-3"],
+    "b4_g1_lr5": [*FRESH, *SMALL, *ALIKE, "optimizer.lr=5e-3"],
     "b4_g1_k12": [*FRESH, *SMALL, *ALIKE, *LONGER],
     "b4_g1_k16": [*FRESH, *SMALL, *ALIKE, *LONGEST],
     "b2_g1": [*FRESH, *TINY, *ALIKE],
-    "b2_g1_lr15": [*FRESH, *TINY, *ALIKE, "module.learning_rate=1.5e-3"],
+    "b2_g1_lr15": [*FRESH, *TINY, *ALIKE, "optimizer.lr=1.5e-3"],
     "b4_g1_r1": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=90", "data.prompts_per_refresh=360"],
     "b4_g1_r4": [*FRESH, *ALIKE, "data.batch_size=4", "data.batches_per_epoch=160", "data.prompts_per_refresh=160"],
     "fk_a3": [
