@@ -51,7 +51,7 @@ def fails(done: subprocess.CompletedProcess[str], *messages: str) -> None:
 
 def test_no_network(script: Script, tmp_path: Path) -> None:
     done = script("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
-    fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be had", "target.path=DIR")
+    fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be found", "target.path=DIR")
 
 
 def test_wrong_type_and_value(script: Script, tmp_path: Path) -> None:

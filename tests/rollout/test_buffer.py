@@ -115,7 +115,7 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "no whole anchor buffer.*no JSON"),
+        ("{", "no whole anchor buffer.*not JSON"),
         ("[1]", "no whole anchor buffer.*no format number"),
         ('{"generation": 0}', "no whole anchor buffer.*no format number"),
     ],

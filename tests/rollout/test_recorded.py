@@ -85,5 +85,5 @@ def test_datasets(tmp_path: Path, make_request: MakeRequest, monkeypatch: pytest
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "texts.parquet")
     source = DatasetTrajectories("parquet", data_files=str(tmp_path / "texts.parquet"), prompt_field="asked")
     assert sorted(flat(source, make_request())) == sorted(texts)
-    with pytest.raises(PromptError, match="could not be had.*trajectories=jsonl"):
+    with pytest.raises(PromptError, match="could not be loaded.*trajectories=jsonl"):
         DatasetTrajectories("parquet", data_files=str(tmp_path / "other.parquet"))

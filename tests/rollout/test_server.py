@@ -145,9 +145,9 @@ def test_nobody_there(tmp_path: Path, make_request: MakeRequest) -> None:
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(ServerError, match=r"/v1/models failed 2 times, last with ConnectError"):
         collect(ServerTrajectories(url, str(tmp_path), attempts=2), make_request())
-    with pytest.raises(ServerError, match="no address: write trajectories.url="):
+    with pytest.raises(ServerError, match="not an address: write trajectories.url="):
         collect(ServerTrajectories("localhost:8000", str(tmp_path), attempts=1), make_request())
-    with pytest.raises(ServerError, match="no address"):
+    with pytest.raises(ServerError, match="not an address"):
         collect(ServerTrajectories("http://localhost:80O0", str(tmp_path), attempts=1), make_request())
 
 

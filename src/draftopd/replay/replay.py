@@ -23,7 +23,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
 from draftopd.targets.cache import PositionCache
-from draftopd.targets.head import LMHead, best_tokens
+from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
 
@@ -218,7 +218,7 @@ def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
 @torch.no_grad()
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     if sampling.greedy:
-        return best_tokens(hidden, head)
+        return head.best_tokens(hidden)
     flat = hidden.detach().flatten(0, -2)
     parts = [sampling.choose(head.target_logits(part), generator) for (part,) in head.chunks(flat)]
     return torch.cat(parts).view(hidden.shape[:-1])

@@ -27,7 +27,7 @@ from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import accepted_prefix
 from draftopd.drafters.base import Chooser, Drafter
-from draftopd.targets.head import LMHead, best_tokens
+from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
 #: Tokens the target reads at once: enough to fill its matrices, few enough to stay in fast memory.
@@ -168,7 +168,7 @@ class Walker:
         """How proposals are picked: the drafter's best token, or the coupling's."""
         head = drafter.head(target)
         if uniforms is None:
-            return lambda hidden: best_tokens(hidden, head)
+            return head.best_tokens
         assert texts.states is not None
         offsets = block.places - texts.starts[block.rows, None]
         uniforms = uniforms[block.rows[:, None], offsets]
