@@ -62,7 +62,7 @@ def generated(**changes: Any) -> dict[str, Any]:
 NOT_JSON = "failed 1 times, last with an answer that is not JSON .*Check the server's log and trajectories.url"
 NONE = "None of 1 answers of http://x can be used .*{}: 1.*Use a server that returns token ids"
 LISTS_NONE = "/v1/models lists no models: name one, trajectories.model=NAME"
-IDS = "token ids are no list of numbers"
+IDS = "token ids are not a list of numbers"
 GENERATE = "lacks output_ids or meta_info.finish_reason"
 ANSWERS: dict[str, tuple[Any, str]] = {
     "nothing": ("", NOT_JSON),

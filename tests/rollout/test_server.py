@@ -158,7 +158,7 @@ def test_nobody_there(tmp_path: Path, make_request: MakeRequest) -> None:
         (404, {"error": "The model does not exist"}, "404.*does not exist"),
         (401, {}, "401.*trajectories.api_key_env"),
         (200, {"choices": [{"text": "only text", "finish_reason": "stop"}]}, "no token_ids.*trajectories.api=text"),
-        (200, {"choices": [{"token_ids": ["a"], "finish_reason": "stop"}]}, "no list of numbers"),
+        (200, {"choices": [{"token_ids": ["a"], "finish_reason": "stop"}]}, "not a list of numbers"),
         (200, {"choices": []}, "has no choices"),
         (200, [1], "has no choices"),
     ],
@@ -229,7 +229,7 @@ def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequ
     plain = make_request()
     hot = make_request(sampling=Sampling(1.0))
     shifted = engine(plain, lambda choice: choice | {"token_ids": [(i + 20) % 60 for i in choice["token_ids"]]})
-    with serving(shifted) as server, pytest.raises(PromptError, match="nats a token more surprising"):
+    with serving(shifted) as server, pytest.raises(PromptError, match="nats per token more surprising"):
         collect(source_of(server, tmp_path), hot)
     decoder = Decoder(hot.target, None, Rules(hot.sampling, stop=hot.stop, max_new_tokens=20))
     decoded = decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
@@ -304,7 +304,7 @@ def test_numbers_outside_their_range(options: dict[str, Any]) -> None:
 
 def test_text_servers_take_no_top_k(tmp_path: Path, make_request: MakeRequest) -> None:
     source = ServerTrajectories("http://127.0.0.1:9", str(tmp_path), api="text")
-    with pytest.raises(ServerError, match="takes no top_k"):
+    with pytest.raises(ServerError, match="does not take top_k: set top_k=0"):
         collect(source, make_request(sampling=Sampling(1.0, top_k=4)))
 
 
