@@ -17,7 +17,7 @@ from draftopd.rollout.trajectories import Trajectories
 
 
 def texts_of(request: Request) -> list[Trajectory]:
-    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=20))
+    decoder = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=20))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 
@@ -44,7 +44,7 @@ def test_every_text_once_a_round_in_another_order(tmp_path: Path, make_request: 
 
 def test_responses_end_at_stop_token_and_limit(tmp_path: Path, make_request: MakeRequest) -> None:
     request = make_request()
-    text = next(t for t in texts_of(request) if t.response[-1] in request.stop and len(t.response) > 3)
+    text = next(t for t in texts_of(request) if t.response[-1] in request.rules.stop and len(t.response) > 3)
     path = write(tmp_path / "texts.jsonl", [Trajectory(text.prompt, [*text.response, 5, 6])])
     source = JsonlTrajectories(path)
     assert flat(source, make_request(indices=range(1))) == [text]

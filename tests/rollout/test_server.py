@@ -38,7 +38,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts_of(request: Request) -> list[Trajectory]:
     """What the target itself says."""
-    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=request.max_new_tokens))
+    decoder = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=request.rules.max_new_tokens))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 
@@ -231,10 +231,10 @@ def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequ
     shifted = engine(plain, lambda choice: choice | {"token_ids": [(i + 20) % 60 for i in choice["token_ids"]]})
     with serving(shifted) as server, pytest.raises(PromptError, match="nats per token more surprising"):
         collect(source_of(server, tmp_path), hot)
-    decoder = Decoder(hot.target, None, Rules(hot.sampling, stop=hot.stop, max_new_tokens=20))
+    decoder = Decoder(hot.target, None, Rules(hot.rules.sampling, stop=hot.rules.stop, max_new_tokens=20))
     decoded = decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
     own = [Trajectory(d.prompt, d.response) for d in decoded]
-    assert abs(excess_surprise(hot.target, own, hot.sampling)) < 0.3
+    assert abs(excess_surprise(hot.target, own, hot.rules.sampling)) < 0.3
 
 
 def test_an_error_does_not_wait_for_the_other_answers(tmp_path: Path, make_request: MakeRequest) -> None:

@@ -86,7 +86,7 @@ class RecordedTrajectories(Trajectories):
         if not 0 <= min(ids) <= max(ids) < vocabulary:
             raise PromptError(
                 f"{where}: {name!r} holds ids from {min(ids)} to {max(ids)}, but the target's vocabulary has "
-                f"{vocabulary}: the texts were recorded with another tokenizer; record them with this target's."
+                f"{vocabulary}: the texts were recorded with another tokenizer, use this target's."
             )
         return ids
 
