@@ -1,11 +1,11 @@
-"""Errors a user can act on. Each says what was found, what was expected and what to do."""
+"""Errors that users can act on. Each message says what was found, what was expected and what to do."""
 
-#: Ends the messages of a command that was stopped.
+#: Last sentence of the messages of a command that was stopped.
 CONTINUES = "What was written before is intact; the same command with the same hydra.run.dir continues."
 
 
 class DraftOPDError(Exception):
-    """Base of all errors that end a command with one clear message instead of a traceback."""
+    """Base of all errors that end a command with one message instead of a traceback."""
 
 
 class TargetError(DraftOPDError):
@@ -25,15 +25,15 @@ class BufferError(DraftOPDError):
 
 
 class ServerError(DraftOPDError):
-    """A serving engine cannot be reached, refuses, or answers what cannot be used."""
+    """A serving engine cannot be reached, refuses a request, or returns an unusable answer."""
 
 
 class ConfigError(DraftOPDError):
-    """The composed configuration holds a wrong name or value."""
+    """The composed configuration has a wrong name or value."""
 
 
 class FileError(DraftOPDError):
-    """A file cannot be written, is damaged or not what it should be; or another run holds its directory."""
+    """A file cannot be written, is damaged or has the wrong content, or another run holds its directory."""
 
 
 class NumericsError(DraftOPDError):
@@ -41,4 +41,4 @@ class NumericsError(DraftOPDError):
 
 
 class RanksError(DraftOPDError):
-    """Another process of a distributed run is lost."""
+    """Another process of a distributed run has ended or does not respond."""

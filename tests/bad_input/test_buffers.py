@@ -75,7 +75,7 @@ def offsets(name: str, *values: int) -> Change:
     return put(f"{name}_offsets", *values, dtype=torch.int64)
 
 
-GENERATION = "is no whole anchor buffer generation: .*Delete it and roll out again"
+GENERATION = "is not a complete anchor buffer generation: .*Delete it and roll out again"
 BROKEN = f"{NAME} cannot be read .*delete .*and roll out again"
 SEQUENCE = "Sequence [01] of .*do not fit its tokens.*roll out again"
 ROWS: dict[str, tuple[Change, str]] = {

@@ -225,9 +225,9 @@ def test_chat_templates(template: str, message: str, tokenizer: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
-        (b"{", "examples.json is damaged: it is no JSON .*Delete .*examples.jsonl to begin anew"),
-        (b"\xff", "examples.json is damaged: it is no JSON"),
-        (b"[" * 9999, "examples.json is damaged: it is no JSON .it nests too deeply"),
+        (b"{", "examples.json is damaged: it is not JSON .*Delete .*examples.jsonl to begin anew"),
+        (b"\xff", "examples.json is damaged: it is not JSON"),
+        (b"[" * 9999, "examples.json is damaged: it is not JSON .it nests too deeply"),
         (b"[]", "has no format number and checksum"),
         (b'{"format": 1, "checksum": 0}', "its checksum differs"),
         (b'{"format": [9], "checksum": 0}', "has format .9., this version reads 1"),

@@ -59,10 +59,10 @@ def generated(**changes: Any) -> dict[str, Any]:
     return {"output_ids": [7, 8, 3], "meta_info": meta | changes}
 
 
-NOT_JSON = "failed 1 times, last with an answer that is not JSON .*at trajectories.url"
+NOT_JSON = "failed 1 times, last with an answer that is not JSON .*Check the server's log and trajectories.url"
 NONE = "None of 1 answers of http://x can be used .*{}: 1.*Use a server that returns token ids"
 LISTS_NONE = "/v1/models lists no models: name one, trajectories.model=NAME"
-IDS = "token ids are no list of numbers"
+IDS = "token ids are not a list of numbers"
 GENERATE = "lacks output_ids or meta_info.finish_reason"
 ANSWERS: dict[str, tuple[Any, str]] = {
     "nothing": ("", NOT_JSON),
@@ -211,12 +211,12 @@ def test_lists_of_models(models: Any, message: str, serve: Any, request_: Reques
             "refuses the request .400.: .*max_tokens is too large",
         ),
         (400, "\x1b[2J\x07" + "x" * 9999, r"refuses the request .400.: \[2J x{290,}\.\.\. .check traj"),
-        (401, {}, "401.*name its key's variable, trajectories.api_key_env"),
+        (401, {}, "401.*set trajectories.api_key_env to the name of its key's variable"),
         (403, "hunter2", "403.*api_key_env"),
         (404, HTML, "404.*Bad gateway"),
-        (429, "", "failed 1 times, last with status 429. Look into the server's log"),
+        (429, "", "failed 1 times, last with status 429. Check the server's log"),
         (500, HTML, "last with status 500"),
-        (200, httpx2.ReadTimeout("too slow"), "last with ReadTimeout: too slow. Look into"),
+        (200, httpx2.ReadTimeout("too slow"), "last with ReadTimeout: too slow. Check"),
         (200, httpx2.RemoteProtocolError("no HTTP"), "last with RemoteProtocolError: no HTTP"),
         (200, httpx2.DecodingError("no gzip"), "last with DecodingError"),
     ],

@@ -51,7 +51,7 @@ def fails(done: subprocess.CompletedProcess[str], *messages: str) -> None:
 
 def test_a_target_without_a_network_is_refused(tmp_path: Path) -> None:
     done = in_process("train.py", "loss=asymmetric_kl", "target=qwen3_30b_a3b", f"hydra.run.dir={tmp_path}")
-    fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be had", "target.path=DIR")
+    fails(done, "Error: The target Qwen/Qwen3-30B-A3B-Thinking-2507 could not be found", "target.path=DIR")
 
 
 def test_a_wrong_type_and_a_wrong_value_are_refused(tmp_path: Path) -> None:

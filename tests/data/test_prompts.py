@@ -40,7 +40,7 @@ def test_reasoning_prompts() -> None:
 
 
 def test_hub_prompts_without_network() -> None:
-    with pytest.raises(PromptError, match="datasets|could not be had"):
+    with pytest.raises(PromptError, match="datasets|could not be loaded"):
         HubPrompts([{"path": "nobody/nothing", "field": "question"}])
 
 

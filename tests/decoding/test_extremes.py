@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from draftopd.decoding.coupling import couple
-from draftopd.decoding.sampling import LEAST_TEMPERATURE, Sampling, draw, inverse_draw
+from draftopd.decoding.sampling import MIN_TEMPERATURE, Sampling, draw, inverse_draw
 from draftopd.decoding.verify import residual_at, verify_rejection
 
 VOCAB, K, BLOCKS = 7, 3, 4
@@ -21,7 +21,7 @@ rows = st.lists(
 ).filter(lambda row: max(row) > -torch.inf)  # fmt: skip
 samplings = st.builds(
     Sampling,
-    st.sampled_from((0.0, LEAST_TEMPERATURE, 1e-3, 0.7, 1.0, 1e4, 1e30)),
+    st.sampled_from((0.0, MIN_TEMPERATURE, 1e-3, 0.7, 1.0, 1e4, 1e30)),
     st.sampled_from((0, 1, 2, VOCAB, VOCAB + 5)),
     st.sampled_from((1e-50, 1e-3, 0.5, 0.999999, 1.0)),
 )

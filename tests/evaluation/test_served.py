@@ -209,7 +209,7 @@ def test_refusals() -> None:
             ServerEngine("http://x", concurrency=wrong)
     with pytest.raises(ConfigError, match="engine.api_key_env"):
         ServerEngine("http://x", api_key_env="NO_SUCH_KEY")
-    with pytest.raises(ServerError, match="no address: write engine.url="):
+    with pytest.raises(ServerError, match="not an address: write engine.url="):
         ServerEngine("localhost:8000", attempts=1).evaluate("x", PROMPTS, ASKING)
 
     def two(method: str, path: str, body: Any, headers: Any) -> tuple[int, Any]:

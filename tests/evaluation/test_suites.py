@@ -206,7 +206,7 @@ def test_a_hub_that_is_out_of_reach(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     pytest.importorskip("datasets")
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path))
-    with pytest.raises(PromptError, match=r"could not be had.*benchmark.a.path=FILE"):
+    with pytest.raises(PromptError, match=r"could not be loaded.*benchmark.a.path=FILE"):
         Suite("a", "no/such", template="{x}").examples()
 
 

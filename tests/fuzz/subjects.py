@@ -105,7 +105,7 @@ def _prompts(root: Path, encoder: PromptEncoder) -> Subject:
 
 
 def _texts(root: Path, request: Request) -> Subject:
-    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=request.max_new_tokens))
+    decoder = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=request.rules.max_new_tokens))
     texts = decoder.decode_batch([[5, 6, i] for i in range(3)])
     rows = [{"prompt_token_ids": text.prompt, "token_ids": text.response, "x": None} for text in texts]
 

@@ -138,7 +138,7 @@ def test_a_full_disk_keeps_the_texts_before(tmp_path: Path) -> None:
     "damage, message",
     [
         (lambda text: text.replace('"steps": 12', '"steps": 13'), "is damaged: its checksum differs"),
-        (lambda text: text[:-9], "is damaged: it is no JSON"),
+        (lambda text: text[:-9], "is damaged: it is not JSON"),
         (lambda text: text.replace('"format": 1', '"format": 2'), "has format 2, this version reads 1"),
         (lambda text: '{"steps": 12}', "no format number and checksum"),
         (lambda text: "[1]", "no format number and checksum"),

@@ -70,7 +70,7 @@ def session() -> Iterator[httpx2.Client]:
 def test_requests_to_the_hub_end(monkeypatch: pytest.MonkeyPatch, session: httpx2.Client) -> None:
     """A hub that takes connections and never answers, asked in a way that sets no time-out."""
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(hub, "WAITING", 0.2)
+    monkeypatch.setattr(hub, "HUB_TIMEOUT", 0.2)
     limit_waiting()
     limit_waiting()
     assert session.event_hooks["request"].count(hub._limit) == 1

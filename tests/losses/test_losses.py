@@ -16,7 +16,7 @@ from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, reverse_kl
 from draftopd.replay.blocks import Blocks
 from draftopd.targets import head
-from draftopd.targets.head import LMHead, best_tokens
+from draftopd.targets.head import LMHead
 
 ASYMMETRIC = partial(Distilled, accepted=forward_kl, rejected=reverse_kl)
 
@@ -126,7 +126,7 @@ def test_a_distilling_loss_needs_the_target() -> None:
 def test_best_tokens() -> None:
     blocks = make_blocks()
     expected = blocks.head.logits(blocks.draft_states).argmax(-1)
-    assert torch.equal(best_tokens(blocks.draft_states, blocks.head), expected)
+    assert torch.equal(blocks.head.best_tokens(blocks.draft_states), expected)
 
 
 def test_liger_is_left_alone_on_a_cpu() -> None:

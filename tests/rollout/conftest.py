@@ -29,7 +29,7 @@ def make_request(
         asked = drawn if prompts is None else prompts
         options = {
             "target": target, "drafter": drafter, "tokenizer": tokenizer, "prompts": lambda: asked,
-            "places": range(len(asked)), "max_prompt_tokens": 64, "seed": 0,
+            "indices": range(len(asked)), "max_prompt_tokens": 64, "seed": 0,
         }  # fmt: skip
         rules = {"stop": frozenset({3, 11}), "max_new_tokens": 20}
         rules |= {name: changes.pop(name) for name in ("sampling", "stop", "max_new_tokens") if name in changes}

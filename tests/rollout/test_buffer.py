@@ -115,9 +115,9 @@ def test_damaged_shards_are_named(tmp_path: Path, damage: str) -> None:
 @pytest.mark.parametrize(
     "content, message",
     [
-        ("{", "no whole anchor buffer.*no JSON"),
-        ("[1]", "no whole anchor buffer.*no format number"),
-        ('{"generation": 0}', "no whole anchor buffer.*no format number"),
+        ("{", "not a complete anchor buffer.*not JSON"),
+        ("[1]", "not a complete anchor buffer.*no format number"),
+        ('{"generation": 0}', "not a complete anchor buffer.*no format number"),
     ],
 )
 def test_broken_manifests(tmp_path: Path, content: str, message: str) -> None:
@@ -149,7 +149,7 @@ def test_a_manifest_that_names_other_places(shards: object, tmp_path: Path) -> N
     directory = write(tmp_path).directory
     content = read_json(directory / "manifest.json", FORMAT) | {"shards": shards}
     write_json(directory / "manifest.json", content, FORMAT)
-    with pytest.raises(BufferError, match="lies outside of it|no whole anchor buffer"):
+    with pytest.raises(BufferError, match="lies outside of it|not a complete anchor buffer"):
         AnchorBuffer(directory)
 
 

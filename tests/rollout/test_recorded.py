@@ -17,7 +17,7 @@ from draftopd.rollout.trajectories import Trajectories
 
 
 def texts_of(request: Request) -> list[Trajectory]:
-    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=20))
+    decoder = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=20))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 
@@ -36,19 +36,21 @@ def test_every_text_once_a_round_in_another_order(tmp_path: Path, make_request: 
     texts = texts_of(request)
     source = JsonlTrajectories(write(tmp_path / "texts.jsonl", texts, extra=1))
     assert len(source) == 12
-    first, second = (flat(source, make_request(places=range(i, i + 12))) for i in (0, 12))
+    first, second = (flat(source, make_request(indices=range(i, i + 12))) for i in (0, 12))
     assert first != second and sorted(first) == sorted(second) == sorted(texts)
-    assert flat(source, make_request(places=range(3, 12, 4))) == first[3::4]
+    assert flat(source, make_request(indices=range(3, 12, 4))) == first[3::4]
     assert flat(JsonlTrajectories(str(tmp_path / "texts.jsonl"), seed=1), request) != first
 
 
 def test_responses_end_at_stop_token_and_limit(tmp_path: Path, make_request: MakeRequest) -> None:
     request = make_request()
-    text = next(t for t in texts_of(request) if t.response[-1] in request.stop and len(t.response) > 3)
+    text = next(t for t in texts_of(request) if t.response[-1] in request.rules.stop and len(t.response) > 3)
     path = write(tmp_path / "texts.jsonl", [Trajectory(text.prompt, [*text.response, 5, 6])])
     source = JsonlTrajectories(path)
-    assert flat(source, make_request(places=range(1))) == [text]
-    assert flat(source, make_request(places=range(1), max_new_tokens=2)) == [Trajectory(text.prompt, text.response[:2])]
+    assert flat(source, make_request(indices=range(1))) == [text]
+    assert flat(source, make_request(indices=range(1), max_new_tokens=2)) == [
+        Trajectory(text.prompt, text.response[:2])
+    ]
 
 
 def test_long_prompts_are_counted(tmp_path: Path, make_request: MakeRequest) -> None:
@@ -85,5 +87,5 @@ def test_datasets(tmp_path: Path, make_request: MakeRequest, monkeypatch: pytest
     datasets.Dataset.from_dict(rows).to_parquet(tmp_path / "texts.parquet")
     source = DatasetTrajectories("parquet", data_files=str(tmp_path / "texts.parquet"), prompt_field="asked")
     assert sorted(flat(source, make_request())) == sorted(texts)
-    with pytest.raises(PromptError, match="could not be had.*trajectories=jsonl"):
+    with pytest.raises(PromptError, match="could not be loaded.*trajectories=jsonl"):
         DatasetTrajectories("parquet", data_files=str(tmp_path / "other.parquet"))

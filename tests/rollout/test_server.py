@@ -38,7 +38,7 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def texts_of(request: Request) -> list[Trajectory]:
     """What the target itself says."""
-    decoder = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=request.max_new_tokens))
+    decoder = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=request.rules.max_new_tokens))
     return [Trajectory(d.prompt, d.response) for d in decoder.decode_batch(request.prompts())]
 
 
@@ -145,9 +145,9 @@ def test_a_server_that_does_not_answer(tmp_path: Path, make_request: MakeRequest
         url = f"http://127.0.0.1:{free.getsockname()[1]}"
     with pytest.raises(ServerError, match=r"/v1/models failed 2 times, last with ConnectError"):
         collect(ServerTrajectories(url, str(tmp_path), attempts=2), make_request())
-    with pytest.raises(ServerError, match="no address: write trajectories.url="):
+    with pytest.raises(ServerError, match="not an address: write trajectories.url="):
         collect(ServerTrajectories("localhost:8000", str(tmp_path), attempts=1), make_request())
-    with pytest.raises(ServerError, match="no address"):
+    with pytest.raises(ServerError, match="not an address"):
         collect(ServerTrajectories("http://localhost:80O0", str(tmp_path), attempts=1), make_request())
 
 
@@ -158,7 +158,7 @@ def test_a_server_that_does_not_answer(tmp_path: Path, make_request: MakeRequest
         (404, {"error": "The model does not exist"}, "404.*does not exist"),
         (401, {}, "401.*trajectories.api_key_env"),
         (200, {"choices": [{"text": "only text", "finish_reason": "stop"}]}, "no token_ids.*trajectories.api=text"),
-        (200, {"choices": [{"token_ids": ["a"], "finish_reason": "stop"}]}, "no list of numbers"),
+        (200, {"choices": [{"token_ids": ["a"], "finish_reason": "stop"}]}, "not a list of numbers"),
         (200, {"choices": []}, "has no choices"),
         (200, [1], "has no choices"),
     ],
@@ -229,12 +229,12 @@ def test_another_models_draws_are_refused(tmp_path: Path, make_request: MakeRequ
     plain = make_request()
     hot = make_request(sampling=Sampling(1.0))
     shifted = engine(plain, lambda choice: choice | {"token_ids": [(i + 20) % 60 for i in choice["token_ids"]]})
-    with serving(shifted) as server, pytest.raises(PromptError, match="nats a token more surprising"):
+    with serving(shifted) as server, pytest.raises(PromptError, match="nats per token more surprising"):
         collect(source_of(server, tmp_path), hot)
-    decoder = Decoder(hot.target, None, Rules(hot.sampling, stop=hot.stop, max_new_tokens=20))
+    decoder = Decoder(hot.target, None, Rules(hot.rules.sampling, stop=hot.rules.stop, max_new_tokens=20))
     decoded = decoder.decode_batch(hot.prompts(), torch.Generator().manual_seed(0))
     own = [Trajectory(d.prompt, d.response) for d in decoded]
-    assert abs(excess_surprise(hot.target, own, hot.sampling)) < 0.3
+    assert abs(excess_surprise(hot.target, own, hot.rules.sampling)) < 0.3
 
 
 def test_an_error_does_not_wait_for_the_other_answers(tmp_path: Path, make_request: MakeRequest) -> None:
@@ -304,7 +304,7 @@ def test_numbers_out_of_range_are_refused(options: dict[str, Any]) -> None:
 
 def test_text_servers_take_no_top_k(tmp_path: Path, make_request: MakeRequest) -> None:
     source = ServerTrajectories("http://127.0.0.1:9", str(tmp_path), api="text")
-    with pytest.raises(ServerError, match="takes no top_k"):
+    with pytest.raises(ServerError, match="does not take top_k: set top_k=0"):
         collect(source, make_request(sampling=Sampling(1.0, top_k=4)))
 
 

@@ -43,7 +43,9 @@ def flat(source: GeneratedTrajectories, request: Request) -> list[Trajectory]:
 def test_in_process_texts_are_the_targets(drafted: bool, tmp_path: Path, make_request: MakeRequest) -> None:
     request = make_request()
     found = flat(InProcessTrajectories(str(tmp_path), batch_size=5, drafted=drafted), request)
-    plain = Decoder(request.target, None, Rules(stop=request.stop, max_new_tokens=20)).decode_batch(request.prompts())
+    plain = Decoder(request.target, None, Rules(stop=request.rules.stop, max_new_tokens=20)).decode_batch(
+        request.prompts()
+    )
     assert found == [Trajectory(d.prompt, d.response) for d in plain]
     assert {d.finish for d in plain} == {"stop", "length"}
 

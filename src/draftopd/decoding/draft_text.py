@@ -1,4 +1,4 @@
-"""A decode as text to look at: what was accepted of each block, what the target gave itself, what was rejected."""
+"""Decoded text as HTML or Markdown that marks accepted proposals, the target's own tokens and rejected proposals."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from transformers import PreTrainedTokenizerBase
 
 from draftopd.decoding.generate import Decoded
 
-#: Style sheet of coloured texts; text and background are both set, for notebooks and pages of either theme.
+#: Style sheet of the HTML; it sets text and background colours, so that light and dark themes both work.
 STYLE = """
 .draft { white-space: pre-wrap; font: 13px/1.9 ui-monospace, monospace; padding: 0.8rem; }
 .draft { color: #1a1a1a; background: #fafafa; }
@@ -20,7 +20,7 @@ STYLE = """
 .draft .rejected { color: #a33; text-decoration: line-through; font-size: 0.85em; }
 """
 
-#: What their colours mean, as HTML.
+#: Explanation of the colours, as HTML.
 LEGEND = (
     '<p class="draft"><span class="accepted">accepted proposals</span> <span class="emitted">the target\'s own token: '
     'correction or bonus</span> <s class="rejected">rejected proposals</s>; a bar begins each block.</p>'
@@ -28,7 +28,7 @@ LEGEND = (
 
 
 class DraftedBlock(NamedTuple):
-    """Texts of one block: accepted proposals, the token that the target gave itself, rejected proposals."""
+    """Texts of one block: accepted proposals, the target's own token, rejected proposals."""
 
     accepted: str
     emitted: str
@@ -36,7 +36,7 @@ class DraftedBlock(NamedTuple):
 
 
 def blocks_of(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> list[DraftedBlock]:
-    """The blocks of a decode; before them, as a block without a draft, the token of the prefill."""
+    """The blocks of a decoded text, after a first block that has only the token of the prefill."""
 
     def text(tokens: Sequence[int]) -> str:
         return str(tokenizer.decode(list(tokens)))
@@ -45,7 +45,7 @@ def blocks_of(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> list[Draf
     start = 1
     for n, emitted, proposals in zip(decoded.accepted, decoded.emitted, decoded.proposals, strict=True):
         kept = decoded.response[start : start + emitted]
-        # Where the text ended among the accepted proposals, the others were not rejected.
+        # If the text ended among the accepted proposals, the remaining ones were not rejected.
         rejected = proposals[n:] if emitted > n else []
         blocks.append(DraftedBlock(text(kept[:n]), text(kept[n:]), text(rejected)))
         start += emitted
@@ -53,7 +53,7 @@ def blocks_of(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> list[Draf
 
 
 def as_markdown(blocks: Sequence[DraftedBlock]) -> str:
-    """A table of the drafted blocks: accepted proposals bold, rejected ones italic, the target's own token plain."""
+    """A table of the drafted blocks: accepted proposals in bold, rejected ones in italics, the target's token plain."""
 
     def show(text: str, mark: str) -> str:
         if not text:
@@ -72,10 +72,7 @@ def as_markdown(blocks: Sequence[DraftedBlock]) -> str:
 
 
 def as_html(blocks: Sequence[DraftedBlock]) -> str:
-    """Coloured text; :data:`STYLE` has its colours and :data:`LEGEND` says what they mean.
-
-    What was rejected is struck through where no style sheet is kept, too.
-    """
+    """HTML for use with :data:`STYLE` and :data:`LEGEND`; rejected text is struck through even without it."""
     spans = []
     for block in blocks:
         parts = (
@@ -88,5 +85,5 @@ def as_html(blocks: Sequence[DraftedBlock]) -> str:
 
 
 def viewer(decoded: Decoded, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A decode by itself, as in a notebook: ``IPython.display.HTML(viewer(decoded, tokenizer))``."""
+    """A complete HTML fragment, for notebooks: ``IPython.display.HTML(viewer(decoded, tokenizer))``."""
     return f"<style>{STYLE}</style>{LEGEND}{as_html(blocks_of(decoded, tokenizer))}"

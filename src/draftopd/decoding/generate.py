@@ -1,7 +1,7 @@
-"""Batched speculative decoding, and plain decoding by the same engine.
+"""Batched speculative decoding and plain decoding.
 
-Every step has one shape: a block of ``B`` tokens a row (:mod:`draftopd.decoding.step`). Rows accept different
-numbers of proposals; since the caches are addressed by position, accepting is nothing but moving a row's anchor.
+Every step decodes one block of ``B`` tokens per row (:mod:`draftopd.decoding.step`). Rows may accept different numbers
+of proposals: the caches are addressed by position, so accepting proposals only moves a row's anchor.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.errors import PromptError
 from draftopd.targets.target import Target
 
-#: Compiled for a GPU, caches grow in steps of so many positions, so that few shapes occur.
+#: Cache capacities are multiples of this when compiled for a GPU, so that few shapes occur.
 CAPACITY_STEP = 512
 
 
@@ -26,9 +26,9 @@ CAPACITY_STEP = 512
 class Decoded:
     """One decoded sequence.
 
-    ``anchors[i]`` is the position of the token that began block ``i``; ``accepted[i]`` its accepted
-    length and ``emitted[i]`` the tokens it added: ``accepted + 1``, fewer where a stop token or the
-    length limit cut the block short. ``proposals[i]`` are the K drafted tokens.
+    For block ``i``, ``anchors[i]`` is the position of the token that began it, ``accepted[i]`` its accepted length,
+    ``emitted[i]`` the number of tokens it added and ``proposals[i]`` the K drafted tokens. ``emitted`` is
+    ``accepted + 1``, or less where a stop token or the length limit ended the response.
     """
 
     prompt: list[int]
@@ -45,30 +45,23 @@ class Decoded:
 
     @property
     def acceptance_length(self) -> float:
-        """Tokens emitted a verification; NaN where the first token ended the response."""
+        """Emitted tokens per verification; NaN if the first token ended the response."""
         return sum(self.emitted) / len(self.emitted) if self.emitted else float("nan")
 
 
 class Decoder:
-    """Decode prompts with the target, by blocks of a drafter where one is given.
+    """Decodes prompts with the target, speculatively if there is a drafter.
 
     Args:
-        target: tapped for the drafter (see :meth:`Target.tap`).
-        drafter: None decodes plainly, one token a target forward.
+        target: will be tapped for the drafter (see :meth:`Target.tap`).
+        drafter: None decodes one token per target forward.
         rules: how responses are drawn, verified and ended.
-        compiled: run the steps through torch.compile. The first steps then take up to a minute, those after them
-            less time than before; logits may differ in the last bits.
+        compiled: compile the steps with torch.compile. The first steps take up to a minute, later ones less time than
+            without it; logits may differ in the last bits.
     """
 
-    def __init__(
-        self,
-        target: Target,
-        drafter: Drafter | None,
-        rules: Rules = Rules(),
-        compiled: bool = False,
-    ) -> None:
-        self.target, self.drafter = target, drafter
-        self.rules, self.compiled = rules, compiled
+    def __init__(self, target: Target, drafter: Drafter | None, rules: Rules = Rules(), compiled: bool = False) -> None:
+        self.target, self.drafter, self.rules, self.compiled = target, drafter, rules, compiled
         if drafter is not None:
             drafter.config.check_fits(target.shape)
             target.tap(drafter.target_layer_ids)
@@ -78,7 +71,7 @@ class Decoder:
         return self.drafter.block_size if self.drafter else 1
 
     def decode(self, prompts: Sequence[list[int]], batch_size: int = 1, seed: int = 0) -> Iterator[list[Decoded]]:
-        """Decode in batches of consecutive prompts; yields each batch in its prompts' order.
+        """Decode in batches of consecutive prompts; yields the results of each batch in the order of its prompts.
 
         Raises:
             PromptError: if a prompt is empty or does not fit the target's context.
@@ -90,7 +83,11 @@ class Decoder:
             yield self.decode_batch(prompts[start : start + batch_size], generator)
 
     def check(self, prompt: list[int], index: int = 0) -> None:
-        """Refuse an empty prompt or one without room for the response."""
+        """Refuse an empty prompt or one too long for the target's context.
+
+        Raises:
+            PromptError: with the prompt's index and the available length.
+        """
         if not prompt:
             raise PromptError(f"Prompt {index} is empty: give it at least one token.")
         limit = self.rules.max_new_tokens
@@ -103,11 +100,11 @@ class Decoder:
 
     @torch.no_grad()
     def decode_batch(self, prompts: Sequence[list[int]], generator: torch.Generator | None = None) -> list[Decoded]:
-        """Decode one batch of checked prompts."""
+        """Decode one batch of prompts that passed :meth:`check`."""
         target, drafter, size = self.target, self.drafter, self.block_size
         device = target.device
         step = compiled_step(device.type == "cuda") if self.compiled else decoding_step
-        # CUDA graphs want the same shapes and the same memory in every step: nothing shrinks or grows.
+        # CUDA graphs need the same shapes and memory in every step, so the batch and the visible context stay fixed.
         static_shapes = self.compiled and device.type == "cuda"
         results = [Decoded(list(p)) for p in prompts]
         longest = max(len(p) for p in prompts)
@@ -125,14 +122,14 @@ class Decoder:
         state = None
         if drafter is not None:
             state = drafter.start(capacity)
-            every = torch.arange(longest, device=device).expand(len(prompts), -1)
-            drafter.observe(target, state, reading.features, ids, every)
+            positions = torch.arange(longest, device=device).expand(len(prompts), -1)
+            drafter.observe(target, state, reading.features, ids, positions)
         if static_shapes:
             for store in (*cache.stores, *(drafter.stores(state) if drafter else ())):
                 store.stay()
         for result, token in zip(results, tokens.tolist(), strict=True):
             self._emit(result, [token])
-        rows = list(range(len(prompts)))  # results still decoded, in the batch's order
+        rows = list(range(len(prompts)))  # indices of the results that the batch's rows belong to
         while True:
             alive = [i for i, row in enumerate(rows) if not results[row].finish]
             if not alive:
@@ -147,25 +144,22 @@ class Decoder:
             block, accepted, tokens = step(
                 target, drafter, self.rules, cache, state, anchors, tokens, visible, generator
             )
-            # The last place of the cache is out of reach of all but rows that have ended.
+            # Only rows that have ended can reach the end of the cache.
             anchors = (anchors + accepted + 1).clamp_max(capacity - size)
-            # One transfer a step, the only time the host waits.
+            # The only transfer to the host, and the only time it waits, in a step.
             for row, (*drafted, n, token) in zip(
                 rows, torch.cat([block[:, 1:], accepted[:, None], tokens[:, None]], 1).tolist(), strict=True
             ):
-                if not results[row].finish:
-                    self._record(results[row], drafted, n, token)
-
-    def _record(self, result: Decoded, drafted: list[int], accepted: int, token: int) -> None:
-        """Add a verified block."""
-        result.anchors.append(len(result.tokens) - 1)
-        emitted = self._emit(result, [*drafted[:accepted], token])
-        result.accepted.append(min(accepted, emitted))
-        result.emitted.append(emitted)
-        result.proposals.append(drafted)
+                result = results[row]
+                if not result.finish:
+                    result.anchors.append(len(result.tokens) - 1)
+                    emitted = self._emit(result, [*drafted[:n], token])
+                    result.accepted.append(min(n, emitted))
+                    result.emitted.append(emitted)
+                    result.proposals.append(drafted)
 
     def _emit(self, result: Decoded, tokens: list[int]) -> int:
-        """Append tokens up to a stop token or the limit; says how many were kept."""
+        """Append tokens up to a stop token or the length limit; returns the number of appended tokens."""
         room = self.rules.max_new_tokens - len(result.response)
         kept = tokens[:room]
         stopped = next((i for i, token in enumerate(kept) if token in self.rules.stop), None)

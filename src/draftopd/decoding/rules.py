@@ -1,4 +1,4 @@
-"""How responses are drawn, verified and ended: one value for rollout, replay, validation and evaluation."""
+"""The rules by which responses are drawn, verified and ended in rollout, replay, validation and evaluation."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from draftopd.decoding.verify import Verification
 
 @dataclass(frozen=True)
 class Rules:
-    """The rules of decoding.
+    """How responses are drawn, verified and ended.
 
     Args:
         sampling: temperature, top-k and top-p, applied to the distributions of target and drafter alike.
-        verification: acceptance rule above temperature 0; at 0 both rules are the same.
-        stop: token ids that end a response, and are part of it.
-        max_new_tokens: response limit.
+        verification: acceptance rule above temperature 0; at temperature 0 both rules are the same.
+        stop: token ids that end a response and are its last token.
+        max_new_tokens: maximum length of a response.
     """
 
     sampling: Sampling = Sampling()
@@ -31,5 +31,5 @@ class Rules:
 
     @property
     def draft_sampling(self) -> Sampling:
-        """How the drafter picks its proposals: its most likely tokens unless :attr:`rejection` tests them."""
+        """How the drafter chooses proposals: by sampling if :attr:`rejection` is True, else its most likely tokens."""
         return self.sampling if self.rejection else Sampling()

@@ -1,4 +1,4 @@
-"""From logits to a distribution and to tokens: temperature, top-k, top-p. Pure tensors."""
+"""From logits to distributions and tokens: temperature, top-k and top-p."""
 
 from __future__ import annotations
 
@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-#: Below this a temperature is 0 in all but name, and float32 logits overflow when divided by it.
-LEAST_TEMPERATURE = 1e-6
+#: The lowest temperature above 0; float32 logits overflow when divided by a lower one.
+MIN_TEMPERATURE = 1e-6
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """The warping that both the target's and the drafter's distribution pass through.
+    """The warping of the distributions of target and drafter alike.
 
     Args:
-        temperature: 0 takes the argmax; above 0, and then at least 1e-6, the logits are divided by it.
+        temperature: 0 selects the argmax; the logits are divided by a temperature above 0, which is at least 1e-6.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the smallest set of most likely tokens whose mass reaches this; 1 keeps all.
 
@@ -30,11 +30,11 @@ class Sampling:
     top_p: float = 1.0
 
     def __post_init__(self) -> None:
-        if not self.temperature >= 0:  # so that NaN is refused too
+        if not self.temperature >= 0:  # True for NaN too
             raise ValueError(f"temperature must be 0 (greedy) or more, found {self.temperature}.")
-        if 0 < self.temperature < LEAST_TEMPERATURE or math.isinf(self.temperature):
+        if 0 < self.temperature < MIN_TEMPERATURE or math.isinf(self.temperature):
             raise ValueError(
-                f"temperature must be 0 (greedy) or lie between {LEAST_TEMPERATURE:g} and infinity, "
+                f"temperature must be 0 (greedy) or lie between {MIN_TEMPERATURE:g} and infinity, "
                 f"found {self.temperature}."
             )
         if self.top_k < 0:
@@ -58,7 +58,7 @@ class Sampling:
         if self.top_p < 1:
             ordered, order = logits.softmax(-1).sort(dim=-1, descending=True)
             before = ordered.cumsum(-1) - ordered
-            beyond = (before >= self.top_p) & (before > 0)  # the first is kept though float32 rounds top_p to 0
+            beyond = (before >= self.top_p) & (before > 0)  # keeps the first token even if float32 rounds top_p to 0
             dropped = torch.zeros_like(logits, dtype=torch.bool).scatter(-1, order, beyond)
             logits = logits.masked_fill(dropped, float("-inf"))
         return logits.softmax(-1)
@@ -71,15 +71,15 @@ class Sampling:
 
 
 def draw(probabilities: Tensor, generator: torch.Generator | None = None) -> Tensor:
-    """One token id ``[...]`` from each row of ``[..., vocab]``; rows need not sum to one."""
+    """One token id ``[...]`` drawn from each row of ``[..., vocab]``; rows need not sum to one."""
     flat = probabilities.reshape(-1, probabilities.shape[-1])
     return torch.multinomial(flat, 1, generator=generator).view(probabilities.shape[:-1])
 
 
-def inverse_draw(weights: Tensor, luck: Tensor) -> Tensor:
-    """The token ``[...]`` that each uniform number ``luck [...]`` in [0, 1) falls on, among ``weights [..., vocab]``.
+def inverse_draw(weights: Tensor, uniforms: Tensor) -> Tensor:
+    """One token ``[...]`` per row of ``weights [..., vocab]``, by inversion of ``uniforms [...]`` in [0, 1).
 
-    Rows need not sum to one. The same numbers give the same tokens, whatever else is drawn beside them.
+    Rows need not sum to one. A token depends on its own row and number only.
     """
     edges = weights.double().cumsum(-1)
-    return torch.searchsorted(edges, (luck * edges[..., -1])[..., None], right=True)[..., 0]
+    return torch.searchsorted(edges, (uniforms * edges[..., -1])[..., None], right=True)[..., 0]

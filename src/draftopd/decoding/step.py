@@ -1,6 +1,6 @@
-"""One step of decoding: draft a block a row, let the target read it, verify. Tensors in, tensors out.
+"""One step of decoding: draft one block per row, read it with the target, verify it.
 
-Nothing here waits for the device, and every step of a batch has the same shapes, so that it can be compiled.
+A step does not wait for the device, and all steps of a batch have the same shapes, so that a step can be compiled.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ def decoding_step(
 ) -> StepOutput:
     """Draft at ``anchors [batch]``, whose tokens are ``tokens [batch]``, and verify.
 
-    Without a drafter the block is the anchor alone, and the step is plain decoding.
+    Without a drafter a block consists of the anchor only, and the step is plain decoding.
 
     Args:
-        cache, state: the target's and the drafter's memory of the text; both take in the block.
-        visible: cached positions that any row may look at, all anchors being at most that.
+        cache, state: the target's and the drafter's caches of the text; the block is written to both.
+        visible: number of cached positions that rows may see; no anchor lies beyond it.
     """
     block, probs = _draft(target, drafter, rules, state, anchors, tokens, visible, generator)
     positions = anchors[:, None] + torch.arange(block.shape[1], device=block.device)
@@ -69,7 +69,7 @@ def _draft(
     visible: int,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The block ``[batch, B]``, and the proposals' distributions where verification needs them."""
+    """The block ``[batch, B]``, and under rejection sampling the distributions of its proposals."""
     if drafter is None:
         return tokens[:, None], None
     head, distributions = drafter.head(target), []
@@ -87,18 +87,17 @@ def _draft(
 
 @cache
 def compiled_step(cuda: bool) -> Any:
-    """:func:`decoding_step` through torch.compile, shared by all decoders of a process.
+    """:func:`decoding_step` compiled by torch.compile, once per process.
 
-    On a GPU as CUDA graphs, one for each shape, if the step writes to memory that stays (:meth:`PositionStore.stay`)
-    and else without them; elsewhere with symbolic sizes, so that growing texts and shrinking batches compile nothing
-    new.
+    On a GPU it runs as CUDA graphs, one per shape, if the caches keep their memory (:meth:`PositionStore.stay`).
+    Elsewhere sizes are symbolic, so that growing texts and shrinking batches do not compile it again.
     """
     if not cuda:
         return torch.compile(decoding_step, dynamic=True)
     replayed = torch.compile(decoding_step, dynamic=False, mode="reduce-overhead")
 
     def step(*arguments: Any) -> StepOutput:
-        # Each replay writes its results where the last one did, and a step's tokens go into the next one.
+        # Every replay overwrites the results of the last one, but a step's tokens are the input of the next step.
         torch.compiler.cudagraph_mark_step_begin()
         return StepOutput(*(result.clone() for result in replayed(*arguments)))
 

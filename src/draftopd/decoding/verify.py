@@ -1,7 +1,7 @@
-"""Acceptance rules of speculative decoding, on tensors alone.
+"""Acceptance rules of speculative decoding.
 
-A block holds proposals ``d_1..d_K``. Verifying accepts a prefix of ``n`` of them and emits one more
-token, the correction (``n < K``) or the bonus (``n = K``).
+A block has proposals ``d_1..d_K``. Verification accepts the first ``n`` of them and emits one more token: the
+correction if ``n < K``, the bonus if ``n = K``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ Verification = Literal["rejection_sampling", "target_only"]
 
 
 class Verdict(NamedTuple):
-    """``accepted [...]``: number of proposals accepted, 0..K; ``token [...]``: correction or bonus."""
+    """``accepted [...]``: number of accepted proposals, 0..K; ``token [...]``: the correction or bonus."""
 
     accepted: Tensor
     token: Tensor
@@ -29,10 +29,10 @@ def accepted_prefix(accepts: Tensor) -> Tensor:
 
 
 def verify_matching(proposals: Tensor, target_tokens: Tensor) -> Verdict:
-    """Accept while the proposal equals the target's own token.
+    """Accept proposals while they equal the target's own tokens.
 
-    With the target's argmax this is greedy verification; with its samples, and the drafter's argmax
-    as proposals, it is "target-only" verification. Both are lossless.
+    With the target's argmax this is greedy verification. With the target's samples and the drafter's argmax as
+    proposals it is "target-only" verification. Both are lossless.
 
     Args:
         proposals: ``[..., K]`` token ids.
@@ -45,7 +45,7 @@ def verify_matching(proposals: Tensor, target_tokens: Tensor) -> Verdict:
 def verify_rejection(
     proposals: Tensor, draft_probs: Tensor, target_probs: Tensor, generator: torch.Generator | None = None
 ) -> Verdict:
-    """Rejection sampling (Leviathan et al., arXiv 2211.17192): the output follows the target's law.
+    """Rejection sampling (Leviathan et al., arXiv 2211.17192): the output follows the target's distribution.
 
     Args:
         proposals: ``[..., K]`` with ``d_k`` drawn from ``draft_probs[..., k, :]``.
@@ -55,21 +55,21 @@ def verify_rejection(
     chosen = proposals[..., None]
     q = draft_probs.gather(-1, chosen)[..., 0]
     p = target_probs[..., :-1, :].gather(-1, chosen)[..., 0]
-    luck = torch.rand(q.shape, generator=generator, device=q.device)
-    accepted = accepted_prefix(luck * q < p)
+    uniforms = torch.rand(q.shape, generator=generator, device=q.device)
+    accepted = accepted_prefix(uniforms * q < p)
     return Verdict(accepted, draw(residual_at(accepted, draft_probs, target_probs), generator))
 
 
 def residual_at(accepted: Tensor, draft_probs: Tensor, target_probs: Tensor) -> Tensor:
-    """What the token after the accepted prefix is drawn from, unnormalised, ``[..., vocab]``.
+    """The unnormalised distribution ``[..., vocab]`` of the token after the accepted prefix.
 
-    ``max(p - q, 0)`` at the first rejected slot, ``p`` itself after a fully accepted block.
+    It is ``max(p - q, 0)`` at the first rejected slot, and ``p`` after a fully accepted block.
     """
     slot = accepted[..., None, None].expand(*accepted.shape, 1, target_probs.shape[-1])
     p = target_probs.gather(-2, slot)[..., 0, :]
     no_draft = torch.zeros_like(target_probs[..., :1, :])
     q = torch.cat([draft_probs, no_draft], dim=-2).gather(-2, slot)[..., 0, :]
     residual = (p - q).clamp_min(0)
-    # Where p and q agree to the last bit a rejection is only rounding; p is then the limit. So it is where no more
-    # than subnormal numbers are left, which a draw may round to 0.
+    # Where p and q are equal up to rounding the residual is 0, and p is its limit. Subnormal numbers count as 0,
+    # because a draw may round them to 0.
     return torch.where(residual.sum(-1, keepdim=True) > torch.finfo(p.dtype).tiny, residual, p)

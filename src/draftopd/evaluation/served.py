@@ -17,7 +17,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from draftopd.decoding.rules import Rules
 from draftopd.errors import ConfigError, ServerError
-from draftopd.io.connection import Address, Line
+from draftopd.io.connection import Address, Connection
 from draftopd.io.json_text import whole
 from draftopd.rollout.server_answers import completion_body, generate_body
 
@@ -226,30 +226,30 @@ class _Server:
         """The answers, in the prompts' order."""
         address = self.address
         address.concurrency = concurrency
-        with Line(address) as line:
+        with Connection(address) as connection:
             if self.model is None and self.api == "token_ids":
-                self.model = line.only_model()
+                self.model = connection.only_model()
             found: dict[int, Answered] = {}
 
             def one(place: int) -> tuple[int, Answered]:
                 began = time.perf_counter()
                 if self.api == "sglang_generate":
-                    answer = line.send("POST", "/generate", generate_body(asking, prompts[place]))
+                    answer = connection.send("POST", "/generate", generate_body(asking, prompts[place]))
                 else:
                     body = completion_body(asking, self.model or "", prompts[place], token_ids=True)
-                    answer = line.send("POST", "/v1/completions", body)
+                    answer = connection.send("POST", "/v1/completions", body)
                 return place, self._read(answer, asking.rules.max_new_tokens, time.perf_counter() - began)
 
-            for answers in line.answers(one, range(len(prompts))):
+            for answers in connection.answers(one, range(len(prompts))):
                 found |= dict(answers)
         return [found[place] for place in range(len(prompts))]
 
     def counters(self) -> dict[tuple[str, str], float]:
         """vLLM's counters of speculative decoding, over all engines: by name and position."""
         totals: dict[tuple[str, str], float] = {}
-        with Line(self.address) as line:
+        with Connection(self.address) as connection:
             try:
-                text = line.send("GET", "/metrics", read=str)
+                text = connection.send("GET", "/metrics", read=str)
             except ServerError:
                 return totals  # a server without metrics says less
         try:

@@ -1,4 +1,4 @@
-"""Datasets of the hub or in local files, through the optional ``datasets`` package."""
+"""Datasets on the hub or in local files, loaded with the optional ``datasets`` package."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from draftopd.io.hub import limit_waiting
 def load_dataset(
     path: str, name: str | None = None, split: str = "train", data_files: Any = None, *, instead: str
 ) -> Any:
-    """The rows of one split, as ``datasets.load_dataset`` gives them.
+    """The rows of one split, as ``datasets.load_dataset`` returns them.
 
     Args:
-        path, name, split, data_files: as ``datasets.load_dataset`` takes them.
-        instead: what to do where the dataset is not available; ends the message.
+        path, name, split, data_files: passed to ``datasets.load_dataset``.
+        instead: last sentence of the error message, with an alternative to this dataset.
 
     Raises:
-        PromptError: if the package is missing, or the dataset cannot be loaded.
+        PromptError: if the package is missing or the dataset cannot be loaded.
     """
     try:
         import datasets

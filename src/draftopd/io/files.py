@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside, synced, renamed, and known again by their checksums."""
+"""Files that are complete or absent: written under a temporary name, synced, renamed and verified by checksums."""
 
 from __future__ import annotations
 
@@ -20,34 +20,34 @@ from draftopd.io.json_text import parse_json, shown
 
 
 @contextmanager
-def writing(place: Path | str) -> Iterator[None]:
-    """Turn the system's errors into one clear message.
+def writing(what: Path | str) -> Iterator[None]:
+    """Turn the operating system's errors into one message.
 
     Raises:
-        FileError: naming what could not be written, and why.
+        FileError: with what could not be written and the reason.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         raise FileError(
-            f"{place} cannot be written: {error}. Free space or choose another directory (hydra.run.dir=DIR); what was "
+            f"{what} cannot be written: {error}. Free space or choose another directory (hydra.run.dir=DIR); what was "
             "written before is untouched."
         ) from error
 
 
 @contextmanager
 def replaced(path: Path) -> Iterator[Path]:
-    """A name to write to; on success it takes ``path``'s place for good, on any error it is removed.
+    """Yield a temporary path to write to, which replaces ``path`` on success and is removed on any error.
 
     Raises:
-        FileError: if it cannot be written; what was there before stays.
+        FileError: if the file cannot be written; a former file at ``path`` is then unchanged.
     """
-    # Other processes may write the same file at the same moment.
+    # The process id keeps apart processes that write the same file at the same moment.
     partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         with writing(path):
             yield partial
-            os.chmod(partial, 0o644)  # safetensors writes files only their owner can read
+            os.chmod(partial, 0o644)  # safetensors writes files that only their owner can read
             with partial.open("rb") as file:
                 os.fsync(file.fileno())
             os.replace(partial, path)
@@ -58,7 +58,7 @@ def replaced(path: Path) -> Iterator[Path]:
 
 
 def sync(directory: Path) -> None:
-    """Bring a directory's names to the disk: a file renamed into it could be lost by a power cut until then."""
+    """Write a directory's entries to the disk, so that a power cut does not lose files renamed into it."""
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -76,10 +76,12 @@ def checksum(path: Path) -> int:
 
 
 def write_json(path: Path, content: Mapping[str, Any], number: int) -> None:
-    """Write a JSON object with the number of its format and a checksum of the rest; what JSON lacks becomes text.
+    """Write a JSON object together with its format number and a checksum.
+
+    Values that JSON cannot represent are written as text.
 
     Raises:
-        FileError: if it cannot be written.
+        FileError: if the file cannot be written.
     """
     sealed = json.loads(json.dumps({"format": number, **content}, default=str))
     with replaced(path) as partial:
@@ -88,17 +90,18 @@ def write_json(path: Path, content: Mapping[str, Any], number: int) -> None:
 
 
 def read_json(path: Path, number: int) -> dict[str, Any]:
-    """What :func:`write_json` wrote, without number and checksum.
+    """The object that :func:`write_json` wrote, without format number and checksum.
 
     Raises:
-        FileError: if it is absent, damaged, foreign or of another format; it says which, the caller what to do.
+        FileError: if the file is absent, damaged, from another program or of another format. The message gives the
+            reason; the caller adds what to do.
     """
     try:
         content = parse_json(path.read_bytes())
     except OSError as error:
         raise FileError(f"{path} cannot be read: {error.strerror}.") from error
     except ValueError as error:
-        raise FileError(f"{path} is damaged: it is no JSON ({shown(str(error))}).") from error
+        raise FileError(f"{path} is damaged: it is not JSON ({shown(str(error))}).") from error
     if not isinstance(content, dict) or not {"format", "checksum"} <= content.keys():
         raise FileError(f"{path} has no format number and checksum: another program or version wrote it.")
     if content["format"] != number:
@@ -110,7 +113,7 @@ def read_json(path: Path, number: int) -> dict[str, Any]:
 
 
 def seal(content: Mapping[str, Any]) -> int:
-    """CRC-32 of a JSON object, however it is laid out."""
+    """CRC-32 of a JSON object, independent of white space and key order."""
     return zlib.crc32(json.dumps(content, sort_keys=True).encode())
 
 
@@ -118,7 +121,7 @@ def inside(directory: Path, name: Any) -> Path:
     """``directory / name``, for a name that was read from a file.
 
     Raises:
-        FileError: if it is no name or leads out of the directory.
+        FileError: if it is not a file name or leads out of the directory.
     """
     if not isinstance(name, str) or not name.strip("./") or "\0" in name:
         raise FileError(f"{directory} lists {name!r}, which names no file.")
@@ -129,12 +132,12 @@ def inside(directory: Path, name: Any) -> Path:
 
 @contextmanager
 def locked(directory: Path) -> Iterator[None]:
-    """Hold a run's directory; the system releases it when the process ends, however it does.
+    """Lock a run's directory and remove the partial files of a killed run.
 
-    What a killed run left half-written is removed.
+    The operating system releases the lock when the process ends, even if it is killed.
 
     Raises:
-        FileError: if another process holds it, or it cannot be written.
+        FileError: if another process holds the lock, or the directory cannot be written.
     """
     owner = directory / ".lock.owner"
     with writing(directory):
@@ -145,7 +148,7 @@ def locked(directory: Path) -> Iterator[None]:
         except Timeout as error:
             who = owner.read_text(encoding="utf-8").strip() if owner.exists() else "unknown"
             raise FileError(
-                f"{directory} is in use by another run ({who}): wait for its end, or choose another directory "
+                f"{directory} is in use by another run ({who}): wait until it ends, or choose another directory "
                 "(hydra.run.dir=DIR)."
             ) from error
     try:

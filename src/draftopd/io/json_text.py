@@ -1,4 +1,4 @@
-"""JSON from outside: read, or refused with one kind of error."""
+"""Parsing of JSON from untrusted files and servers, and display of untrusted values in messages."""
 
 from __future__ import annotations
 
@@ -6,16 +6,16 @@ import json
 from collections.abc import Iterable
 from typing import Any
 
-#: A line of a JSON-lines file is no longer, in bytes: no prompt and no text is.
+#: Maximum bytes per line of a JSON-lines file; real prompts and texts are shorter.
 MAX_LINE = 16 * 2**20
 
 
 def parse_json(text: str | bytes) -> Any:
-    """What a JSON text says.
+    """The value of a JSON text.
 
     Raises:
-        ValueError: if it is none, is not UTF-8, begins with a byte order mark, nests too deeply, or has a number
-            of too many digits.
+        ValueError: if the text is not JSON, is not UTF-8, begins with a byte order mark, nests too deeply, or has a
+            number with too many digits.
     """
     if isinstance(text, bytes):
         text = text.decode("utf-8")
@@ -28,10 +28,10 @@ def parse_json(text: str | bytes) -> Any:
 
 
 def whole(value: Any) -> int:
-    """A whole number, as it stands.
+    """``value``, if it is a whole number.
 
     Raises:
-        ValueError: for anything else, 3.0, true and "3" included.
+        ValueError: if it has another type, such as 3.0, true or "3".
     """
     if type(value) is not int:
         raise ValueError(f"{shown(value, 40)} where a whole number belongs")
@@ -39,7 +39,7 @@ def whole(value: Any) -> int:
 
 
 def is_text(value: Any) -> bool:
-    """Whether it is a text that can be encoded: JSON can write half of a surrogate pair."""
+    """Whether ``value`` is a string that UTF-8 can encode; JSON allows half of a surrogate pair, which it cannot."""
     if not isinstance(value, str):
         return False
     try:
@@ -49,15 +49,14 @@ def is_text(value: Any) -> bool:
     return True
 
 
-def shown(value: Any, most: int = 300) -> str:
-    """A stranger's text or value for one line of a message: cut off, and without control characters."""
+def shown(value: Any, limit: int = 300) -> str:
+    """An untrusted value on one line of a message: without control characters, cut to ``limit`` characters."""
     text = value if isinstance(value, str) else repr(value)
-    line = "".join(c if c.isprintable() else " " for c in text[: 2 * most])
-    line = " ".join(line.split())
-    return line if len(line) <= most and len(text) <= 2 * most else line[:most] + "..."
+    line = " ".join("".join(c if c.isprintable() else " " for c in text[: 2 * limit]).split())
+    return line if len(line) <= limit and len(text) <= 2 * limit else line[:limit] + "..."
 
 
-def listed(names: Iterable[Any], most: int = 8) -> str:
-    """Names for a message: the first few, or ``nothing``."""
+def listed(names: Iterable[Any], limit: int = 8) -> str:
+    """The first ``limit`` names separated by commas, for a message; ``nothing`` without names."""
     every = [shown(str(name), 40) for name in names]
-    return ", ".join(every[:most]) + (f" and {len(every) - most} more" if len(every) > most else "") or "nothing"
+    return ", ".join(every[:limit]) + (f" and {len(every) - limit} more" if len(every) > limit else "") or "nothing"

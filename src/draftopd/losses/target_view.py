@@ -7,7 +7,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from draftopd.decoding.sampling import LEAST_TEMPERATURE
+from draftopd.decoding.sampling import MIN_TEMPERATURE
 from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
 from draftopd.replay.blocks import Blocks, Scope
@@ -39,8 +39,8 @@ class TargetView:
     def __init__(
         self, *, temperature: float = 1.0, top_k: int | None = None, scored_on: ScoredOn = "proposals"
     ) -> None:
-        if not LEAST_TEMPERATURE <= temperature < float("inf"):
-            raise ValueError(f"target_temperature must be {LEAST_TEMPERATURE:g} or more, found {temperature}.")
+        if not MIN_TEMPERATURE <= temperature < float("inf"):
+            raise ValueError(f"target_temperature must be {MIN_TEMPERATURE:g} or more, found {temperature}.")
         if top_k is not None and top_k < 1:
             raise ValueError(f"target_top_k must be 1 or more, or null, found {top_k}.")
         if scored_on not in get_args(ScoredOn):

@@ -12,19 +12,20 @@ from torch.nn.utils.rnn import pad_sequence
 from draftopd.replay.packing import Layout, pack
 from draftopd.rollout.buffer import Recorded
 
-#: ``made_at`` of anchors that do not depend on a drafter.
+#: Value of ``made_at`` for anchors that do not depend on a drafter.
 NO_DRAFTER = -1
 
 
 class ReplayBatch(NamedTuple):
     """Recorded sequences and the anchors to replay.
 
-    ``ids [batch, n]`` padded on the right, ``starts [batch]`` the first response positions, ``lengths [batch]``,
-    ``anchors [batch, A]`` padded, with ``anchor_mask [batch, A]`` True at the real ones. ``made_at [batch]``: how
-    many optimizer steps the drafter had taken whose anchors these are; -1 where they do not depend on a drafter.
+    ``ids [batch, n]`` are padded on the right, ``starts [batch]`` are the first response positions and
+    ``lengths [batch]`` the sequences' lengths. ``anchors [batch, A]`` are padded, with ``anchor_mask [batch, A]`` True
+    at the real ones. ``made_at [batch]`` is the number of optimizer steps taken by the drafter that the anchors come
+    from, or :data:`NO_DRAFTER`.
 
-    With a ``layout`` several sequences stand in a row: ``ids [rows, n]``, and ``anchors [rows, A]`` are positions in
-    the row. All else is by sequence, ``starts`` counted from the sequence's own beginning.
+    With a ``layout`` rows are packed: ``ids [rows, n]``, and ``anchors [rows, A]`` are indices in the row. The other
+    fields are per sequence, and ``starts`` count from the beginning of the sequence.
     """
 
     ids: Tensor
@@ -45,13 +46,13 @@ class ReplayBatch(NamedTuple):
         pack_to: int | None = None,
         of_the_drafter: bool = True,
     ) -> ReplayBatch:
-        """The batch of these records: one row per record, or packed.
+        """The batch of these records, with one row per record or packed.
 
         Args:
-            anchors: positions in each record; None takes the record's own.
-            pad: token id behind the end of a row.
-            pack_to: put several sequences in a row of up to this many tokens; None gives each a row of its own.
-            of_the_drafter: whether the anchors are those of the drafter that made the records.
+            anchors: positions in each record; None takes the anchors of the record.
+            pad: token id that pads rows.
+            pack_to: pack sequences into rows of at most this many tokens; None gives each sequence its own row.
+            of_the_drafter: whether the anchors depend on the drafter that made the records.
         """
         lengths = [len(r.tokens) for r in records]
         chosen = [torch.tensor(r.anchors, dtype=torch.long) for r in records] if anchors is None else anchors
@@ -68,15 +69,15 @@ class ReplayBatch(NamedTuple):
 
     @property
     def begins(self) -> Tensor | None:
-        """``[rows, n]``: where in its row the sequence of each place begins; None where a row holds one sequence."""
+        """``[rows, n]`` the index in the row at which the sequence of each token begins; None without packing."""
         return None if self.layout is None else self.layout.begins(self.ids)
 
     def unpacked(self, packed: Tensor) -> Tensor:
-        """Values of each place of the rows ``[rows, n, ...]``, a row a sequence: ``[batch, longest, ...]``."""
+        """``[rows, n, ...] -> [batch, longest, ...]``: values per token of the rows, as one row per sequence."""
         return packed if self.layout is None else self.layout.unpacked(packed, int(self.lengths.max()))
 
     def at(self, chosen: Sequence[Tensor], made_at: int) -> ReplayBatch:
-        """The same sequences at other anchors, one tensor of positions a sequence."""
+        """The same sequences at other anchors, given as one tensor of positions per sequence."""
         anchors, mask = pad_anchors(chosen if self.layout is None else self.layout.by_row(chosen, len(self.ids)))
         device = self.ids.device
         return self._replace(
@@ -85,16 +86,13 @@ class ReplayBatch(NamedTuple):
 
 
 def pad_anchors(chosen: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-    """Anchors ``[batch, A]`` padded with the row's last, and the mask of the real ones; ``A`` is at least 1.
-
-    A row of no anchors has zeros.
-    """
-    count = max(1, *(len(places) for places in chosen))
+    """Anchors ``[batch, A]``, padded with the row's last or with 0, and the mask of the real ones; ``A >= 1``."""
+    count = max(1, *map(len, chosen))
     anchors = torch.zeros(len(chosen), count, dtype=torch.long)
     mask = torch.zeros(len(chosen), count, dtype=torch.bool)
-    for row, places in enumerate(chosen):
-        if len(places):
-            anchors[row] = places[-1]  # it sees what the last does: no more of the row has to be read for it
-        anchors[row, : len(places)] = places
-        mask[row, : len(places)] = True
+    for row, positions in enumerate(chosen):
+        if len(positions):
+            anchors[row] = positions[-1]  # padding then sees no more of the row than the last anchor
+        anchors[row, : len(positions)] = positions
+        mask[row, : len(positions)] = True
     return anchors, mask

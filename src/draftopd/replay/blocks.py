@@ -1,4 +1,4 @@
-"""What a loss sees: the replayed blocks of a batch and their streams."""
+"""The input of a loss: the replayed blocks of a batch and their streams."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 from draftopd.targets.head import LMHead
 
-#: Where a loss needs the target's states. ``proposals``: along the drafter's own tokens, in every slot.
-#: ``until_fail``: up to and including the first rejected slot, where the drafter's own and the recorded tokens are the
-#: same (at temperature 0). ``recorded``: along the recorded tokens, in every slot that has one. ``none``: nowhere.
+#: The slots in which a loss needs the target's states. ``proposals``: every slot, along the drafter's own tokens.
+#: ``until_fail``: up to and including the first rejected slot; at temperature 0 the drafter's own tokens before it are
+#: the recorded ones. ``recorded``: every slot with a recorded token, along the recorded tokens. ``none``: no slot.
 Scope = Literal["proposals", "until_fail", "recorded", "none"]
 
 
@@ -24,16 +24,14 @@ class Blocks:
 
     Args:
         draft_states: ``[N, K, hidden]`` the drafter's states, carrying gradients.
-        target_states: ``[N, K, hidden]`` the target's states on the drafter's own tokens, or None where the
-            loss needs none.
-        head: maps the drafter's states to logits; the target's own where the drafter has none.
+        target_states: ``[N, K, hidden]`` the target's states along the tokens of the scope, or None in scope ``none``.
+        head: maps the drafter's states to logits; the target's head if the drafter has none of its own.
         proposals: ``[N, K]`` the drafter's tokens.
         labels: ``[N, K]`` the recorded tokens.
         accepted: ``[N]`` accepted lengths, 0..K.
-        valid: ``[N, K]`` slots up to the end of the drafted text (its first stop token) where the drafter's
-            vocabulary has the token that the target would take.
+        valid: ``[N, K]`` the slots that may count in a loss, see :meth:`~draftopd.replay.replay.Drafts.blocks`.
         recorded: ``[N, K]`` slots that have a recorded token.
-        target_head: maps the target's states to logits; None: ``head`` does.
+        target_head: maps the target's states to logits; None stands for ``head``.
     """
 
     draft_states: Tensor
@@ -52,7 +50,7 @@ class Blocks:
         return torch.arange(self.proposals.shape[1], device=self.proposals.device)
 
     def accepted_stream(self, include_correction: bool = False) -> Tensor:
-        """``[N, K]`` True at slots 1..n, and at the correction slot n + 1 where it is included."""
+        """``[N, K]`` True at slots 1..n, and at the correction slot n + 1 if it is included."""
         return self.slots < (self.accepted + int(include_correction))[:, None]
 
     def rejected_stream(self) -> Tensor:

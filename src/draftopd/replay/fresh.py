@@ -1,4 +1,4 @@
-"""Anchors found in the training step, by the drafter that is about to learn from them."""
+"""Anchors found in the training step by the current drafter."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from draftopd.targets.target import Target
 
 
 class FreshAnchors:
-    """Walks the texts of a replay batch, which the target has read for the step anyway.
+    """Finds the anchors of a replay batch from the target's reading of it.
 
     Args:
-        walker: finds the blocks.
-        policy: which of their anchors are replayed.
+        walker: finds the drafter's blocks.
+        policy: chooses which of their anchors are replayed.
     """
 
     def __init__(self, walker: Walker, policy: AnchorPolicy) -> None:
@@ -25,18 +25,18 @@ class FreshAnchors:
 
     @property
     def needs_states(self) -> bool:
-        """Whether the walk needs the target's states too: above temperature 0 under rejection sampling."""
+        """Whether the walker needs the target's states, as under rejection sampling above temperature 0."""
         return self.walker.coupled
 
     def renew(
         self, target: Target, drafter: Drafter, batch: ReplayBatch, reading: Reading, seed: int, step: int
     ) -> ReplayBatch:
-        """The batch at this drafter's anchors.
+        """The batch with this drafter's anchors.
 
         Args:
-            reading: the target's reading of the batch, with states where :attr:`needs_states`.
-            seed: of the coupling's draws, and of which anchors are kept where there are too many.
-            step: optimizer steps that the drafter has taken.
+            reading: the target's reading of the batch, with states if :attr:`needs_states`.
+            seed: seed of the draws of the reverse coupling and of the choice of anchors.
+            step: number of optimizer steps that the drafter has taken.
         """
         states = batch.unpacked(reading.states) if reading.states is not None and self.needs_states else None
         features = batch.unpacked(reading.features)
@@ -47,7 +47,7 @@ class FreshAnchors:
         generator = torch.Generator().manual_seed(seed % 2**63)
         ends = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         chosen = [
-            self.policy.choose(found.anchors, found.accepted, start, length, generator)
-            for found, (start, length) in zip(visited, ends, strict=True)
+            self.policy.choose(blocks.anchors, blocks.accepted, start, length, generator)
+            for blocks, (start, length) in zip(visited, ends, strict=True)
         ]
         return batch.at(chosen, step)

@@ -23,7 +23,7 @@ from draftopd.drafters.base import Drafter
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks, Scope
 from draftopd.targets.cache import PositionCache
-from draftopd.targets.head import LMHead, best_tokens
+from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
 
@@ -33,7 +33,7 @@ class Reading:
 
     Args:
         features: ``[rows, n, taps * hidden]``, outputs of the tapped layers: what the drafter reads.
-        states: ``[rows, n, hidden]`` after the final norm, or None where nothing needs them.
+        states: ``[rows, n, hidden]`` after the final norm, or None if they are not needed.
         cache: the target's keys and values of these tokens, for scoring blocks.
     """
 
@@ -47,7 +47,7 @@ def read(target: Target, batch: ReplayBatch, states: bool = True) -> Reading:
 
     Args:
         target: tapped for the drafter.
-        states: False stops at the last tapped layer; blocks can then be had with scope ``none`` only.
+        states: False stops at the last tapped layer; the only available scope is then ``none``.
     """
     cache = target.new_cache(batch.ids.shape[1])
     if not states:
@@ -70,11 +70,11 @@ def draft(
     """Stage 2: draft at the batch's anchors, with gradients on the drafter's side.
 
     Args:
-        rules: how proposals are picked and verified, as in the rollout. Above temperature 0 they are drawn anew.
-        forced: an autoregressive drafter goes on from the recorded tokens instead of its own, as in SFT.
-        propose: False skips the LM head's pass that finds the proposals, for losses that need none. The recorded tokens
-            then stand for them, and none of them counts as accepted.
-        generator: of the draws above temperature 0.
+        rules: the rules of the rollout. Above temperature 0 the proposals are drawn again.
+        forced: an autoregressive drafter continues from the recorded tokens instead of its own, as in SFT.
+        propose: False skips the LM head's pass that chooses proposals, for losses without proposals. The recorded
+            tokens then replace them, and none of them counts as accepted.
+        generator: for the draws above temperature 0.
     """
     ids, begins = batch.ids, batch.begins
     slots = torch.arange(1, drafter.block_size, device=ids.device)
@@ -105,14 +105,14 @@ def draft(
 
 @dataclass(frozen=True)
 class Drafts:
-    """Drafted blocks, flattened over batch and anchors to ``N`` blocks of ``K`` slots, before they are compared.
+    """Drafted blocks, flattened over batch and anchors to ``N`` blocks of ``K`` slots.
 
     Args:
-        followed: ``[rows, A, K]`` the tokens that the drafter went on from.
+        followed: ``[rows, A, K]`` the tokens that the drafter continued from.
         hidden: ``[N, K, hidden]`` the drafter's states, carrying gradients.
         proposals, labels: ``[N, K]`` the drafter's and the recorded tokens.
-        recorded: ``[N, K]`` slots that have a recorded token.
-        rows, before: ``[N]`` the row of each block, and ``[N, K]`` the position before each slot in it.
+        recorded: ``[N, K]`` True at slots with a recorded token.
+        rows, before: ``[N]`` the row of each block, and ``[N, K]`` the index in the row before each slot.
     """
 
     target: Target
@@ -131,12 +131,12 @@ class Drafts:
     before: Tensor
 
     def blocks(self, scope: Scope) -> Blocks:
-        """Stage 3: the blocks as a loss of this scope sees them.
+        """Stage 3: the blocks for a loss of this scope.
 
-        Only slots that may count are valid: those up to the first proposed stop token whose token the drafter's
-        vocabulary has. In scope ``proposals`` acceptance is decided by the target; in the others a proposal counts as
-        accepted while it equals the recorded token. Above temperature 0 proposals differ from the recorded text, and
-        ``until_fail`` is the same as ``proposals``.
+        Slots are valid up to the first proposed stop token, if the drafter's vocabulary has the token that the target
+        would take. In scope ``proposals`` the target decides acceptance; in the other scopes a proposal is accepted
+        while it equals the recorded token. Above temperature 0 proposals differ from the recorded text, so
+        ``until_fail`` is then the same as ``proposals``.
         """
         if scope == "until_fail" and not self.rules.sampling.greedy:
             scope = "proposals"
@@ -152,14 +152,14 @@ class Drafts:
         states = self.reading.states[self.rows[:, None], self.before]
         known = self.recorded & self.head.covers(self.labels)
         if scope == "recorded":
-            # A recorded stop token ends the text; what the drafter proposed there does not.
+            # The recorded text ends at its own stop token, not at a proposed one.
             return self._blocks(states, accepted, known)
-        # Beyond the first rejection these states follow other tokens than the drafter's.
+        # After the first rejection these states follow the recorded tokens, not the drafter's.
         slots = torch.arange(self.proposals.shape[1], device=self.proposals.device)
         return self._blocks(states, accepted, self.valid & known & (slots <= accepted[:, None]))
 
     def scored(self) -> Blocks:
-        """The blocks with every slot up to a proposed stop token scored by the target, to measure how both agree."""
+        """The blocks scored by the target in every slot up to a proposed stop token, for measuring their agreement."""
         states, accepted, _ = self._scored
         return self._blocks(states, accepted, self.valid)
 
@@ -172,8 +172,8 @@ class Drafts:
 
     @cached_property
     def _scored(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The target's states along the tokens that the drafter went on from, ``[N, K, hidden]``; the accepted lengths
-        ``[N]``; and the slots ``[N, K]`` whose token, as the target chooses it, the drafter's vocabulary has."""
+        """The target's states ``[N, K, hidden]`` along the followed tokens, the accepted lengths ``[N]``, and the slots
+        ``[N, K]`` for whose target token the drafter's vocabulary has a row."""
         batch, target = self.batch, self.target
         tokens = torch.cat([batch.ids.gather(1, batch.anchors)[..., None], self.followed[..., :-1]], dim=-1)
         states = target.score_blocks(self.reading.cache, batch.ids.shape[1], batch.anchors, tokens, batch.begins)
@@ -196,20 +196,13 @@ class Drafts:
 
     def _blocks(self, states: Tensor | None, accepted: Tensor, valid: Tensor) -> Blocks:
         return Blocks(
-            self.hidden,
-            states,
-            self.head,
-            self.proposals,
-            self.labels,
-            accepted,
-            valid,
-            self.recorded,
+            self.hidden, states, self.head, self.proposals, self.labels, accepted, valid, self.recorded,
             self.target.head,
-        )
+        )  # fmt: skip
 
 
 def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
-    """``[rows, A]``, or ``[rows, 1]`` where a row holds one sequence: where the anchors' sequences have ended."""
+    """The ends of the anchors' sequences: ``[rows, A]`` indices in the row, or ``[rows, 1]`` without packing."""
     if batch.layout is None or begins is None:
         return batch.lengths[:, None]
     return batch.layout.ends(batch.ids, batch.lengths).gather(1, begins.gather(1, batch.anchors))
@@ -218,7 +211,7 @@ def _ends(batch: ReplayBatch, begins: Tensor | None) -> Tensor:
 @torch.no_grad()
 def _choose(hidden: Tensor, head: LMHead, sampling: Sampling, generator: torch.Generator | None) -> Tensor:
     if sampling.greedy:
-        return best_tokens(hidden, head)
+        return head.best_tokens(hidden)
     flat = hidden.detach().flatten(0, -2)
     parts = [sampling.choose(head.target_logits(part), generator) for (part,) in head.chunks(flat)]
     return torch.cat(parts).view(hidden.shape[:-1])

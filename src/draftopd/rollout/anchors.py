@@ -1,4 +1,4 @@
-"""Which anchors a recorded sequence is replayed at. Pure."""
+"""The choice of the anchors at which a recorded sequence is replayed."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ class AnchorPolicy:
     """How the anchors of one sequence are chosen.
 
     Args:
-        choice: ``visited`` takes the anchors that decoding began blocks at. ``error`` takes the last token
-            before each first rejection, so that a block's first proposal is the one the drafter got wrong.
-            ``random`` draws anchors uniformly over the response (SFT, and the paper's main ablation).
-            ``all`` takes every response position; the limit does not apply to it.
-        limit: at most so many of one sequence; None takes all.
-        slots: proposals a block.
+        choice: ``visited`` takes the anchors at which decoding began a block. ``error`` takes the last token before
+            each first rejection, so that the first proposal of the block is the rejected one. ``random`` draws anchors
+            uniformly over the response (SFT, and the paper's main ablation). ``all`` takes every response position,
+            without the limit.
+        limit: maximum number of anchors per sequence; None takes all.
+        slots: number of proposals per block.
 
     Raises:
-        ValueError: for an unknown choice.
+        ValueError: if the choice is unknown.
     """
 
     choice: AnchorChoice
@@ -38,7 +38,7 @@ class AnchorPolicy:
 
     @property
     def of_the_drafter(self) -> bool:
-        """Whether the anchors depend on the drafter's blocks."""
+        """Whether the anchors depend on the drafter's blocks, see :func:`depends_on_drafter`."""
         return depends_on_drafter(self.choice)
 
     def choose(
@@ -49,8 +49,8 @@ class AnchorPolicy:
         Args:
             visited, accepted: anchors and accepted lengths of the drafter's blocks.
             start: first response position.
-            length: number of recorded tokens; the last one can begin no block.
-            generator: draws the random anchors, or which ones stay where there are too many.
+            length: number of recorded tokens; the last one cannot begin a block.
+            generator: chooses the anchors at random where there are more than the limit.
         """
         if self.choice == "visited":
             candidates = torch.as_tensor(visited, dtype=torch.long)
@@ -66,5 +66,5 @@ class AnchorPolicy:
 
 
 def depends_on_drafter(choice: AnchorChoice) -> bool:
-    """Whether these anchors are found by a drafter's blocks."""
+    """Whether these anchors follow from the blocks of a drafter."""
     return choice in ("visited", "error")

@@ -1,10 +1,10 @@
 """The anchor buffer: recorded sequences and their anchors, on disk.
 
-A refresh writes one *generation*: a directory of safetensors shards and a manifest. It is written
-under a temporary name and renamed when complete, so a generation is whole or absent; the former one
-is removed only then. Reading maps one shard at a time, so memory does not grow with the buffer.
+A refresh writes one *generation*: a directory of safetensors shards and a manifest. It is written under a temporary
+name and renamed when complete, so that a generation is complete or absent; only then is the former one removed. Shards
+are memory-mapped, so that memory does not grow with the buffer.
 
-``python -m draftopd buffer DIR`` shows what a buffer holds.
+``python -m draftopd buffer DIR`` shows the content of a buffer.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from typing_extensions import Self
 
 from draftopd.decoding.generate import Decoded
 from draftopd.errors import BufferError, FileError
-from draftopd.io.files import checksum, inside, read_json, sync, write_json, writing
+from draftopd.io.files import checksum, inside, read_json, replaced, sync, write_json, writing
 from draftopd.io.json_text import shown, whole
-from draftopd.rollout.shards import Shard, write_shard
+from draftopd.rollout.shards import Shard, pack
 
 FORMAT = 3
 _COLUMNS = ("tokens", "anchors", "accepted", "emitted")
@@ -31,9 +31,9 @@ _COLUMNS = ("tokens", "anchors", "accepted", "emitted")
 
 @dataclass(frozen=True)
 class Recorded:
-    """One recorded sequence: prompt and response tokens, and where blocks began.
+    """One recorded sequence: prompt and response tokens, and the blocks of a drafter as in :class:`Decoded`.
 
-    ``step`` is the optimizer steps taken by the drafter whose blocks these are; read from a buffer it is set.
+    ``step`` is the number of optimizer steps that this drafter had taken; it is set on records read from a buffer.
     """
 
     tokens: list[int]
@@ -45,13 +45,13 @@ class Recorded:
 
     @classmethod
     def of(cls, decoded: Decoded) -> Self:
-        """A decoded text with the blocks that it was drafted in."""
+        """The record of a decoded sequence."""
         return cls(decoded.tokens, len(decoded.prompt), decoded.anchors, decoded.accepted, decoded.emitted)
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What one generation holds and which drafter made it."""
+    """The content of one generation and the drafter that made it."""
 
     generation: int
     step: int
@@ -63,7 +63,7 @@ class Manifest:
 
     @property
     def tau(self) -> float:
-        """Micro acceptance length of the rollout that made it; NaN without anchors."""
+        """Micro acceptance length of the rollout; NaN without anchors."""
         return self.emitted / self.blocks if self.blocks else float("nan")
 
 
@@ -72,15 +72,14 @@ def _directory(root: Path, generation: int) -> Path:
 
 
 class BufferWriter:
-    """Write one generation, in a ``with`` block; leaving it by an error leaves nothing behind.
+    """A context manager that writes one generation; an error inside the block removes it.
 
     Args:
         root: the buffer's directory.
-        generation: number of the refresh; replaces an equal one.
-        step: optimizer steps taken by the drafter that rolled out.
-        shard_size: sequences a shard, the most that are held in memory.
-        rank, barrier: in distributed runs every rank writes its own shards of one generation, and
-            rank 0 completes it.
+        generation: number of the refresh; a generation with the same number is replaced.
+        step: optimizer steps taken by the drafter of the rollout.
+        shard_size: sequences per shard, and the maximum number in memory.
+        rank, barrier: in distributed runs every rank writes its own shards of the generation, and rank 0 completes it.
     """
 
     def __init__(
@@ -131,8 +130,9 @@ class BufferWriter:
             return
         columns = {name: [getattr(s, name) for s in self._pending] for name in _COLUMNS}
         columns["prompt_lengths"] = [[s.prompt_length] for s in self._pending]
-        with writing(f"The anchor buffer in {self.root}"):
-            write_shard(self.partial / f"shard-{self.rank:03d}-{self._shards:05d}.safetensors", columns)
+        path = self.partial / f"shard-{self.rank:03d}-{self._shards:05d}.safetensors"
+        with writing(f"The anchor buffer in {self.root}"), replaced(path) as partial:
+            partial.write_bytes(pack(columns))
         self._shards += 1
         self._pending.clear()
 
@@ -158,16 +158,16 @@ class BufferWriter:
 
 
 class AnchorBuffer:
-    """Read a generation, sequence by sequence.
+    """A generation read from disk, one sequence at a time.
 
     Raises:
-        BufferError: if it is absent, of another format, or damaged.
+        BufferError: if it is absent, damaged or of another format.
     """
 
     def __init__(self, directory: Path) -> None:
         self.directory = Path(directory)
         self.manifest = read_manifest(self.directory)
-        self._places: list[tuple[Shard, int]] = []
+        self._rows: list[tuple[Shard, int]] = []
         self.lengths: list[int] = []
         for name, expected in self.manifest.shards.items():
             try:
@@ -187,24 +187,24 @@ class AnchorBuffer:
                     f"{path} cannot be read ({error}): delete {self.directory} and roll out again."
                 ) from error
             self.lengths += [end - start for start, end in pairwise(ends)]
-            self._places += [(shard, i) for i in range(shard.rows("tokens"))]
+            self._rows += [(shard, i) for i in range(shard.rows("tokens"))]
 
     @classmethod
     def latest(cls, root: Path) -> AnchorBuffer:
         """The newest complete generation under ``root``."""
-        found = sorted(Path(root).glob("generation-*"))
-        if not found:
+        generations = sorted(Path(root).glob("generation-*"))
+        if not generations:
             raise BufferError(
-                f"No anchor buffer in {root}: use a run's anchors directory, or roll out first (the refresh callback "
-                "does)."
+                f"No anchor buffer in {root}: use a run's anchors directory, or roll out first (as the refresh "
+                "callback does)."
             )
-        return cls(found[-1])
+        return cls(generations[-1])
 
     def __len__(self) -> int:
-        return len(self._places)
+        return len(self._rows)
 
     def __getitem__(self, index: int) -> Recorded:
-        shard, row = self._places[index]
+        shard, row = self._rows[index]
         lengths = shard.row("prompt_lengths", row)
         columns = {name: shard.row(name, row) for name in _COLUMNS}
         size, blocks = len(columns["tokens"]), len(columns["anchors"])
@@ -212,8 +212,8 @@ class AnchorBuffer:
         within = all(0 < anchor < size for anchor in columns["anchors"])
         if not fits or not within or {len(columns["accepted"]), len(columns["emitted"])} != {blocks}:
             raise BufferError(
-                f"Sequence {index} of {self.directory} is none: its lengths or anchors do not fit its tokens. Delete "
-                f"{self.directory} and roll out again."
+                f"Sequence {index} of {self.directory} is not valid: its lengths or anchors do not fit its tokens. "
+                f"Delete {self.directory} and roll out again."
             )
         return Recorded(prompt_length=lengths[0], step=self.manifest.step, **columns)
 
@@ -232,19 +232,19 @@ def read_manifest(directory: Path) -> Manifest:
                 raise ValueError(f"{count} where a count belongs.")
     except (FileError, ValueError, TypeError, AttributeError) as error:
         raise BufferError(
-            f"{directory} is no whole anchor buffer generation: {shown(str(error))} Delete it and roll out again."
+            f"{directory} is not a complete anchor buffer generation: {shown(str(error))} Delete it and roll out again."
         ) from error
     return manifest
 
 
 def describe(directory: Path) -> str:
-    """What a buffer or one generation of it holds: its figures, and its first three sequences.
+    """A text with the counts and the first three sequences of a generation, or of the latest one of a buffer.
 
     Raises:
-        BufferError: if there is none, or it is damaged.
+        BufferError: if there is no generation, or it is damaged.
     """
-    whole = (directory / "manifest.json").exists()
-    buffer = AnchorBuffer(directory) if whole else AnchorBuffer.latest(directory)
+    is_generation = (directory / "manifest.json").exists()
+    buffer = AnchorBuffer(directory) if is_generation else AnchorBuffer.latest(directory)
     m = buffer.manifest
     lines = [
         f"{buffer.directory}: {m.sequences} sequences, {m.tokens} tokens, {m.blocks} blocks, tau {m.tau:.3f}",

@@ -1,4 +1,4 @@
-"""Whether texts that came from elsewhere are the target's."""
+"""Tests whether texts from other programs could have been produced by the target."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from draftopd.targets.target import Target
 if TYPE_CHECKING:
     from draftopd.rollout.request import Trajectory
 
-#: How far below the best token's logit another engine's greedy choice may lie: rounding in low precision
-#: decides near ties differently.
+#: Maximum distance of a greedy token's logit from the best one; low precision may decide near ties differently.
 TIE = 1.0
 
-#: Above temperature 0: a token less likely than this was not drawn from the target.
+#: A token with a probability below this was not drawn from the target.
 IMPOSSIBLE = 1e-9
 
 
 def foreign_tokens(
     target: Target, texts: Sequence[Trajectory], sampling: Sampling, batch_size: int = 16
 ) -> list[list[int]]:
-    """For every text the response tokens, by place from 0, that the target would not have produced.
+    """For every text the indices of the response tokens that the target would not have produced.
 
-    At temperature 0 those more than :data:`TIE` below the best logit, else those of no probability.
+    At temperature 0 these are tokens whose logit is more than :data:`TIE` below the best, else tokens with a
+    probability below :data:`IMPOSSIBLE`.
     """
 
     def wrong(logits: Tensor, chosen: Tensor) -> Tensor:
@@ -35,14 +35,14 @@ def foreign_tokens(
             return logits.max(-1).values - logits.gather(-1, chosen[:, None])[:, 0] > TIE
         return sampling.probabilities(logits).gather(-1, chosen[:, None])[:, 0] < IMPOSSIBLE
 
-    return [found.nonzero()[:, 0].tolist() for found in _every_token(target, texts, wrong, batch_size)]
+    return [foreign.nonzero()[:, 0].tolist() for foreign in _every_token(target, texts, wrong, batch_size)]
 
 
 def excess_surprise(target: Target, texts: Sequence[Trajectory], sampling: Sampling, batch_size: int = 16) -> float:
-    """By how many nats a response token surprises the target more than its own draws would, on average.
+    """The mean surprise of the response tokens under the target, minus the expected one of its own draws, in nats.
 
-    About 0 for the target's own texts; another model's lie above. 0 at temperature 0, where
-    :func:`foreign_tokens` says it all.
+    It is about 0 for the target's own texts and larger for another model's. At temperature 0 it is 0, and
+    :func:`foreign_tokens` alone decides.
     """
     if sampling.greedy:
         return 0.0
@@ -59,7 +59,7 @@ def excess_surprise(target: Target, texts: Sequence[Trajectory], sampling: Sampl
 def _every_token(
     target: Target, texts: Sequence[Trajectory], fn: Callable[[Tensor, Tensor], Tensor], batch_size: int
 ) -> Iterator[Tensor]:
-    """``fn(logits [n, vocab], tokens [n]) -> [n]`` along every response, in chunks of the vocabulary's size."""
+    """``fn(logits [n, vocab], tokens [n]) -> [n]`` along every response, in chunks of bounded memory."""
     for begin in range(0, len(texts), batch_size):
         batch = texts[begin : begin + batch_size]
         rows = [torch.tensor([*t.prompt, *t.response], device=target.device) for t in batch]

@@ -1,4 +1,4 @@
-"""Trajectories that were recorded before, as token ids."""
+"""Trajectories from files and datasets of token ids."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from draftopd.rollout.trajectories import ORIGIN_SAMPLE, Trajectories
 
 
 class RecordedTrajectories(Trajectories):
-    """Texts with prompts of their own, in an order shuffled anew each time through.
+    """Recorded texts, which have prompts of their own, in an order that is shuffled in every round.
 
-    Prompts longer than the request's limit are left out and counted; responses are cut at their first stop
-    token and at the response limit.
+    Texts whose prompt is longer than the request's limit are left out and counted. Responses are cut at their first
+    stop token and at the response limit.
 
     Args:
-        prompt_field, response_field: names of the lists of token ids.
+        prompt_field, response_field: names of the fields with the token ids.
         seed: of the order.
     """
 
@@ -37,33 +37,35 @@ class RecordedTrajectories(Trajectories):
 
     @abstractmethod
     def read(self, index: int) -> tuple[Any, str]:
-        """One row, and where it stands."""
+        """One row, and a description of where it was read."""
 
     def collect(self, request: Request) -> Iterator[list[Trajectory]]:
-        """The stretch's texts.
+        """The request's texts.
 
         Raises:
-            PromptError: naming the row and what is wrong with it, or if no text of the stretch can be used.
+            PromptError: if a row is not valid, or no text of the request can be used.
         """
         self.counts = Counter()
         order = RoundOrder(len(self), "recorded", self.seed)
-        for begin in range(0, len(request.places), ORIGIN_SAMPLE):
-            places = request.places[begin : begin + ORIGIN_SAMPLE]
-            batch = [t for t in (self._trajectory(order, place, request) for place in places) if t is not None]
-            self.check_origin(request, batch, last=begin + ORIGIN_SAMPLE >= len(request.places))
+        for begin in range(0, len(request.indices), ORIGIN_SAMPLE):
+            indices = request.indices[begin : begin + ORIGIN_SAMPLE]
+            batch = [t for t in (self._trajectory(order[index], request) for index in indices) if t is not None]
+            self.check_origin(request, batch, last=begin + ORIGIN_SAMPLE >= len(request.indices))
             self.counts["read"] += len(batch)
-            request.progress(len(places), sum(len(t.response) for t in batch))
+            request.progress(len(indices), sum(len(t.response) for t in batch))
             yield batch
-        if request.places and not self.counts["read"]:
+        if request.indices and not self.counts["read"]:
             raise PromptError(
-                f"None of {len(request.places)} recorded texts can be used: {self.counts['prompt too long']} prompts "
+                f"None of {len(request.indices)} recorded texts can be used: {self.counts['prompt too long']} prompts "
                 f"are longer than data.max_prompt_tokens={request.max_prompt_tokens}."
             )
 
-    def _trajectory(self, order: RoundOrder, place: int, request: Request) -> Trajectory | None:
-        values, where = self.read(order[place])
+    def _trajectory(self, row: int, request: Request) -> Trajectory | None:
+        values, where = self.read(row)
         if not isinstance(values, dict):
-            raise PromptError(f"{where} holds a {type(values).__name__}, expected an object: write one object a line.")
+            raise PromptError(
+                f"{where} holds a {type(values).__name__}, expected an object: write one object per line."
+            )
         prompt, response = (
             self._ids(values, name, where, request.target.vocab_size)
             for name in (self.prompt_field, self.response_field)
@@ -75,8 +77,7 @@ class RecordedTrajectories(Trajectories):
 
     def _ids(self, values: dict[str, Any], name: str, where: str, vocabulary: int) -> list[int]:
         ids = values.get(name)
-        whole = isinstance(ids, list) and all(type(i) is int for i in ids)
-        if not whole or not ids:
+        if not isinstance(ids, list) or not ids or not all(type(i) is int for i in ids):
             found = f"found {listed(values)}" if name not in values else "it must be a list of numbers, not empty"
             raise PromptError(
                 f"{where} has no token ids under {name!r} ({found}): set trajectories.prompt_field and "
@@ -91,12 +92,12 @@ class RecordedTrajectories(Trajectories):
 
 
 class JsonlTrajectories(RecordedTrajectories):
-    """Texts of a JSON-lines file, one object a line; lines are read when they are needed.
+    """Texts of a UTF-8 JSON-lines file with one object per line; lines are read when they are needed.
 
     Args:
-        path: the file, UTF-8.
-        prompt_field, response_field, seed: see :class:`RecordedTrajectories`. The defaults are the names under
-            which vLLM and SGLang return token ids.
+        path: the file.
+        prompt_field, response_field, seed: see :class:`RecordedTrajectories`. The default names are those that vLLM
+            and SGLang use.
 
     Raises:
         PromptError: if the file cannot be read or is empty.
@@ -108,18 +109,18 @@ class JsonlTrajectories(RecordedTrajectories):
         super().__init__(prompt_field, response_field, seed)
         self.path = Path(path)
         self._starts, self._numbers = array("q"), array("q")
-        place = 0
+        offset = 0
         try:
             with self.path.open("rb") as file:
                 for number, line in enumerate(iter(lambda: file.readline(MAX_LINE + 1), b""), start=1):
                     if len(line) > MAX_LINE:
                         raise PromptError(
-                            f"{path}, line {number} is longer than {MAX_LINE} bytes: write one text a line."
+                            f"{path}, line {number} is longer than {MAX_LINE} bytes: write one text per line."
                         )
                     if line.strip():
-                        self._starts.append(place)
+                        self._starts.append(offset)
                         self._numbers.append(number)
-                    place += len(line)
+                    offset += len(line)
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
             raise PromptError(
@@ -138,7 +139,7 @@ class JsonlTrajectories(RecordedTrajectories):
                 file.seek(self._starts[index])
                 return parse_json(file.readline()), where
         except (OSError, ValueError) as error:
-            raise PromptError(f"{where} is not JSON ({error}): write one object a line.") from error
+            raise PromptError(f"{where} is not JSON ({error}): write one object per line.") from error
 
 
 class DatasetTrajectories(RecordedTrajectories):
@@ -146,11 +147,11 @@ class DatasetTrajectories(RecordedTrajectories):
 
     Args:
         path: the dataset's name, or a file type such as ``parquet`` with ``data_files``.
-        name, split, data_files: as ``datasets.load_dataset`` takes them.
+        name, split, data_files: see :func:`~draftopd.io.datasets.load_dataset`.
         prompt_field, response_field, seed: see :class:`RecordedTrajectories`.
 
     Raises:
-        PromptError: if ``datasets`` is not installed, the dataset cannot be had, or is empty.
+        PromptError: if ``datasets`` is not installed, or the dataset cannot be loaded or is empty.
     """
 
     def __init__(

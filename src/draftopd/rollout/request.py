@@ -1,4 +1,4 @@
-"""One recorded text, and what a refresh asks for."""
+"""A text of the target, and a refresh's request for texts."""
 
 from __future__ import annotations
 
@@ -21,30 +21,30 @@ class Trajectory(NamedTuple):
 
     @classmethod
     def ended(cls, prompt: list[int], response: list[int], request: Request) -> Trajectory:
-        """The text up to the response's first stop token, or the limit."""
+        """The text up to the response's first stop token or the response limit."""
         end = next((i for i, token in enumerate(response) if token in request.rules.stop), len(response) - 1) + 1
         return cls(prompt, response[: min(end, request.rules.max_new_tokens)])
 
 
 @dataclass(frozen=True)
 class Request:
-    """What a refresh asks for: the texts of one stretch of prompts.
+    """A refresh's request for the texts of a range of prompts.
 
     Args:
-        target, drafter, tokenizer: as they are now; no drafter before there is one.
-        prompts: gives the stretch's prompts as token ids.
-        places: the stretch in the endless stream of prompts; in distributed runs each rank asks for its share.
+        target, drafter, tokenizer: in their current state; drafter is None where none exists yet.
+        prompts: returns the prompts as token ids.
+        indices: the range in the endless stream of prompts; in distributed runs each rank requests its shard.
         rules: how responses are drawn, verified and ended.
         max_prompt_tokens: longer prompts are left out.
-        seed: of the draws.
-        progress: told how many texts and tokens were produced.
+        seed: seed of the draws.
+        progress: called with the numbers of texts and tokens that were produced.
     """
 
     target: Target
     drafter: Drafter | None
     tokenizer: PreTrainedTokenizerBase
     prompts: Callable[[], list[list[int]]]
-    places: range
+    indices: range
     rules: Rules
     max_prompt_tokens: int
     seed: int

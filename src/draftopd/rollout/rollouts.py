@@ -18,25 +18,26 @@ from draftopd.rollout.request import Request
 from draftopd.rollout.trajectories import Trajectories
 from draftopd.rollout.walk import Walker, text_seed
 
-#: Batches of texts that are sorted by length together, so that a batch holds texts of similar length.
+#: Number of batches whose texts are sorted by length together, so that a batch has texts of similar length.
 POOL = 16
 
-#: Where the current drafter's anchors come from: the rollout records them, every training step finds them, or neither.
+#: The origin of the current drafter's anchors: the rollout records them, every training step finds them, or neither.
 AnchorSource = Literal["rollout", "step", "none"]
 
 
 class Rollout(ABC):
-    """From prompts to recorded sequences, batch by batch."""
+    """Produces recorded sequences for a range of prompts."""
 
     anchors: AnchorSource
-    #: Where the texts come from; None for a rollout that decodes them itself.
+    #: The source of the texts; None for a rollout that decodes them itself.
     trajectories: Trajectories | None = None
 
     @abstractmethod
-    def collect(self, request: Request) -> Iterator[list[Recorded]]: ...
+    def collect(self, request: Request) -> Iterator[list[Recorded]]:
+        """The request's sequences, in batches."""
 
     def counts(self) -> Mapping[str, int]:
-        """What became of the last request's texts, for the log."""
+        """How many texts of the last request were used or left out, by reason, for the log."""
         return {}
 
 
@@ -45,7 +46,7 @@ class SpeculativeRollout(Rollout):
 
     Args:
         batch_size: prompts decoded together.
-        compiled: run the decoding steps through torch.compile.
+        compiled: see :class:`~draftopd.decoding.generate.Decoder`.
     """
 
     anchors: AnchorSource = "rollout"
@@ -61,10 +62,10 @@ class SpeculativeRollout(Rollout):
 
 
 class TargetRollout(Rollout):
-    """The target's own texts without anchors: what SFT trains on.
+    """The target's own texts without anchors, for SFT.
 
     Args:
-        trajectories: where the texts come from.
+        trajectories: the source of the texts.
     """
 
     anchors: AnchorSource = "none"
@@ -82,10 +83,10 @@ class TargetRollout(Rollout):
 
 
 class FreshRollout(TargetRollout):
-    """The target's own texts; every training step finds the anchors of the drafter as it then is.
+    """The target's own texts; every training step finds the anchors of its current drafter.
 
     Args:
-        trajectories: where the texts come from.
+        trajectories: the source of the texts.
         parallel_below, blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
     """
 
@@ -96,7 +97,7 @@ class FreshRollout(TargetRollout):
         self.parallel_below, self.blocks_at_once = parallel_below, blocks_at_once
 
     def walker(self, rules: Rules) -> Walker:
-        """Finds anchors on texts that were drawn by these rules."""
+        """The walker for texts that were drawn under these rules."""
         return Walker(rules, self.parallel_below, self.blocks_at_once)
 
 
@@ -104,7 +105,7 @@ class DecodeFreeRollout(FreshRollout):
     """The target's own texts with the current drafter's anchors, found without decoding once per refresh.
 
     Args:
-        trajectories: where the texts come from.
+        trajectories: the source of the texts.
         batch_size: texts read and walked together.
         parallel_below, blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
     """
@@ -132,7 +133,7 @@ class DecodeFreeRollout(FreshRollout):
             yield self.anchored(request, pool)
 
     def anchored(self, request: Request, records: Sequence[Recorded]) -> list[Recorded]:
-        """The same texts, in the same order, with the drafter's anchors."""
+        """The same records, in the same order, with the drafter's blocks."""
         target, drafter, walker = request.target, request.drafter, self.walker(request.rules)
         assert drafter is not None
         order = sorted(range(len(records)), key=lambda i: len(records[i].tokens))
@@ -146,6 +147,6 @@ class DecodeFreeRollout(FreshRollout):
             lengths = torch.tensor([len(r.tokens) for r in batch], device=target.device)
             texts = walker.read(target, ids, starts, lengths)
             visited = walker.walk(target, drafter, texts, [text_seed(request.seed, r.tokens) for r in batch])
-            for i, record, found in zip(chosen, batch, visited, strict=True):
-                result[i] = replace(record, anchors=found.anchors, accepted=found.accepted, emitted=found.emitted)
+            for i, record, blocks in zip(chosen, batch, visited, strict=True):
+                result[i] = replace(record, anchors=blocks.anchors, accepted=blocks.accepted, emitted=blocks.emitted)
         return result

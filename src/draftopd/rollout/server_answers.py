@@ -1,8 +1,8 @@
-"""What serving engines answer, read into token ids that are sure to be the server's.
+"""Requests to serving engines, and their answers as verified token ids.
 
-The contracts: ``POST /v1/completions`` with ``return_token_ids`` (vLLM since 0.10.2, SGLang since mid 2026)
-gives each choice ``token_ids`` and ``prompt_token_ids``; SGLang's native ``POST /generate`` gives ``output_ids``
-and ``meta_info``; a plain completion gives ``text`` and ``usage``.
+``POST /v1/completions`` with ``return_token_ids`` (vLLM since 0.10.2, SGLang since mid 2026) returns ``token_ids`` and
+``prompt_token_ids`` per choice. SGLang's native ``POST /generate`` returns ``output_ids`` and ``meta_info``. A plain
+completion returns ``text`` and ``usage``.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from draftopd.decoding.rules import Rules
 from draftopd.io.json_text import is_text
 from draftopd.rollout.request import Request, Trajectory
 
-#: What a request leaves out a server takes from the model's generation config; Qwen3's has a top_k of 20.
+#: Servers take options that a request lacks from the model's generation config, so all of them are sent.
 _NEUTRAL = {"min_p": 0.0, "repetition_penalty": 1.0, "presence_penalty": 0.0, "frequency_penalty": 0.0}
 
 
 class Unproven(NamedTuple):
-    """Why an answer is left out."""
+    """The reason why an answer is left out."""
 
     reason: str
 
 
 class AnswerError(Exception):
-    """An answer lacks what the contract promises."""
+    """An answer does not have the promised form."""
 
 
-class Asked(Protocol):
-    """What a request says of the response it wants."""
+class ResponseOptions(Protocol):
+    """The part of a request that describes the response."""
 
     @property
     def rules(self) -> Rules: ...
@@ -39,8 +39,8 @@ class Asked(Protocol):
     def seed(self) -> int: ...
 
 
-def completion_body(request: Asked, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
-    """The body of ``POST /v1/completions``; without ``token_ids`` nothing that plain servers do not know."""
+def completion_body(request: ResponseOptions, model: str, prompt: list[int] | str, token_ids: bool) -> dict[str, Any]:
+    """The body of ``POST /v1/completions``; without ``token_ids`` it has standard options only."""
     sampling = request.rules.sampling
     body: dict[str, Any] = {
         "model": model,
@@ -57,7 +57,7 @@ def completion_body(request: Asked, model: str, prompt: list[int] | str, token_i
     return body
 
 
-def generate_body(request: Asked, prompt: list[int]) -> dict[str, Any]:
+def generate_body(request: ResponseOptions, prompt: list[int]) -> dict[str, Any]:
     """The body of SGLang's ``POST /generate``."""
     sampling = request.rules.sampling
     parameters: dict[str, Any] = {
@@ -75,16 +75,15 @@ def generate_body(request: Asked, prompt: list[int]) -> dict[str, Any]:
 
 
 def from_token_ids(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
-    """A completion that carries its token ids.
+    """The text of a completion with token ids.
 
     Raises:
-        AnswerError: if it does not.
+        AnswerError: if the answer has none.
     """
     choice = _choice(answer)
     if "token_ids" not in choice or choice["token_ids"] is None:
         raise AnswerError("the answer has no token_ids; for a server that returns text only set trajectories.api=text")
-    asked = choice.get("prompt_token_ids")
-    if asked is not None and asked != prompt:
+    if choice.get("prompt_token_ids") not in (None, prompt):
         return Unproven("dropped, prompt differs")
     counted = _usage(answer).get("completion_tokens")
     finish, matched = choice.get("finish_reason"), choice.get("stop_reason")
@@ -92,10 +91,10 @@ def from_token_ids(answer: Any, prompt: list[int], request: Request) -> Trajecto
 
 
 def from_generate(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
-    """An answer of SGLang's native endpoint.
+    """The text of an answer of SGLang's native endpoint.
 
     Raises:
-        AnswerError: if it lacks ids or reason.
+        AnswerError: if the answer has no token ids or finish reason.
     """
     try:
         ids, meta = answer["output_ids"], answer["meta_info"]
@@ -109,13 +108,13 @@ def from_generate(answer: Any, prompt: list[int], request: Request) -> Trajector
 
 
 def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | Unproven:
-    """A completion that carries text only, tokenised again.
+    """The text of a completion without token ids, tokenised again.
 
-    The tokens count as proven where the server counted as many for prompt and response, and they decode to
-    the same text. At temperature 0 the caller also compares them with the target's own choices.
+    The tokens are verified if the server counted as many for prompt and response, and they decode to the same text. At
+    temperature 0 the caller also compares them with the target's own choices.
 
     Raises:
-        AnswerError: if it lacks text or usage.
+        AnswerError: if the answer has no text or usage.
     """
     choice = _choice(answer)
     text, finish = choice.get("text"), choice.get("finish_reason")
@@ -128,7 +127,7 @@ def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | 
     ids = encode(request.tokenizer, str(text))
     if str(request.tokenizer.decode(ids)) != text:
         return Unproven("dropped, text does not tokenise back")
-    # The text leaves out the stop token that ended it.
+    # The text does not include the stop token that ended it.
     if finish == "stop" and len(ids) == counted - 1 and request.tokenizer.eos_token_id in request.rules.stop:
         ids = [*ids, int(request.tokenizer.eos_token_id)]
     if len(ids) != counted:
@@ -137,7 +136,7 @@ def from_text(answer: Any, prompt: list[int], request: Request) -> Trajectory | 
 
 
 def encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
-    """Token ids of a text, with nothing put before or after it."""
+    """Token ids of a text, without special tokens before or after it."""
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
@@ -156,9 +155,9 @@ def _usage(answer: Any) -> dict[str, Any]:
 def _trajectory(
     prompt: list[int], ids: Any, finish: Any, matched: Any, request: Request, counted: Any
 ) -> Trajectory | Unproven:
-    """The text of ``ids``; ``matched`` is the stop token that ended it, ``counted`` its tokens if the server says."""
+    """The text of ``ids``; ``matched`` is the stop token that ended it, ``counted`` the server's token count."""
     if not isinstance(ids, list) or not all(type(i) is int for i in ids):
-        raise AnswerError("the answer's token ids are no list of numbers")
+        raise AnswerError("the answer's token ids are not a list of numbers")
     if finish not in ("stop", "length"):
         known = finish in ("abort", "error", "content_filter", "tool_calls")
         return Unproven(f"dropped, ended by {finish if known else 'something else'}")
@@ -174,7 +173,7 @@ def _trajectory(
     return Trajectory.ended(prompt, ids, request)
 
 
-def _seed(request: Asked, prompt: list[int] | str) -> int:
-    """One seed a prompt, so that a text does not depend on what is asked beside it."""
+def _seed(request: ResponseOptions, prompt: list[int] | str) -> int:
+    """One seed per prompt, so that a text does not depend on the other requests."""
     digest = hashlib.blake2b(f"{request.seed} {prompt}".encode(), digest_size=4).digest()
     return int.from_bytes(digest, "big") >> 1

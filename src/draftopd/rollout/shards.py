@@ -1,4 +1,4 @@
-"""Rows of token ids of different lengths in safetensors files that are whole or absent."""
+"""Safetensors files of rows of token ids of different lengths."""
 
 from __future__ import annotations
 
@@ -10,14 +10,12 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from draftopd.io.files import replaced
-
-#: Of the layout of a shard; kept in its metadata.
+#: Format version of a shard, stored in its metadata.
 FORMAT = "1"
 
 
 def pack(columns: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
-    """A shard of columns of equally many rows; ``NAME`` holds the numbers, ``NAME_offsets`` where rows begin."""
+    """The bytes of a shard of columns with equally many rows: tensors ``NAME`` (numbers) and ``NAME_offsets``."""
     tensors = {}
     for name, rows in columns.items():
         tensors[name] = torch.tensor([x for row in rows for x in row], dtype=torch.int32)
@@ -25,32 +23,22 @@ def pack(columns: Mapping[str, Sequence[Sequence[int]]]) -> bytes:
     return save(tensors, metadata={"draftopd_rows": FORMAT})
 
 
-def write_shard(path: Path, columns: Mapping[str, Sequence[Sequence[int]]]) -> None:
-    """Write what :func:`pack` makes of the columns.
-
-    Raises:
-        FileError: if it cannot be written.
-    """
-    with replaced(path) as partial:
-        partial.write_bytes(pack(columns))
-
-
 class Shard:
-    """A shard opened for reading; the rows stay on disk until asked for.
+    """A shard opened for reading; rows are read from the disk on access.
 
     Raises:
-        OSError, SafetensorError, KeyError, ValueError: if it is absent, damaged or of another format.
+        OSError, SafetensorError, KeyError, ValueError: if the file is absent, damaged or of another format.
     """
 
     def __init__(self, path: Path) -> None:
         self._file = safe_open(path, framework="pt").__enter__()
-        found = (self._file.metadata() or {}).get("draftopd_rows", FORMAT)
-        if found != FORMAT:
-            raise ValueError(f"it has format {found}, this version reads {FORMAT}")
+        version = (self._file.metadata() or {}).get("draftopd_rows", FORMAT)
+        if version != FORMAT:
+            raise ValueError(f"it has format {version}, this version reads {FORMAT}")
         self._offsets: dict[str, list[int]] = {}
 
     def offsets(self, name: str) -> list[int]:
-        """Where a column's rows begin, and the last one ends."""
+        """The offsets at which a column's rows begin, followed by the end of the last one."""
         if name not in self._offsets:
             try:
                 self._offsets[name] = self._file.get_tensor(f"{name}_offsets").tolist()
@@ -62,10 +50,10 @@ class Shard:
         return len(self.offsets(name)) - 1
 
     def check(self, *columns: str) -> None:
-        """Refuse columns whose offsets do not fit their numbers, or that have different numbers of rows.
+        """Refuse columns whose offsets do not fit their values, or that have different numbers of rows.
 
         Raises:
-            KeyError, ValueError: naming the column.
+            KeyError, ValueError: with the name of the column.
         """
         for name in columns:
             try:
@@ -84,5 +72,5 @@ class Shard:
         return self._file.get_slice(name)[start:end].tolist()
 
     def column(self, name: str) -> Tensor:
-        """All rows of a column, one after the other."""
+        """All rows of a column, concatenated."""
         return self._file.get_tensor(name)

@@ -1,8 +1,7 @@
-"""Texts on disk, by prompt: produced once, used by every refresh and every run that names the directory.
+"""A store of texts by prompt, shared by all refreshes and runs that name its directory.
 
-Texts of other settings (target, temperature, limits) lie in other subdirectories. A shard's name carries its
-checksum, and it takes that name only when complete; a damaged one is left aside, and its texts are produced
-again.
+Each set of settings (target, temperature, limits) has its own subdirectory. The checksum of a shard is part of its
+name. A damaged shard is ignored, and its texts are produced again.
 """
 
 from __future__ import annotations
@@ -24,26 +23,26 @@ from draftopd.rollout.shards import FORMAT, Shard, pack
 
 log = logging.getLogger(__name__)
 
-#: A shard is written after so many texts or seconds, so that an interruption loses no more than that.
+#: A shard is written after this many texts or seconds, which bounds the loss of an interruption.
 SHARD_TEXTS = 512
 SHARD_SECONDS = 20.0
 
 
 class TrajectoryStore:
-    """The texts of one set of settings, in a ``with`` block; what is pending is written at its end.
+    """The texts of one set of settings; a context manager that writes pending texts at the end of its block.
 
     Args:
-        root: the store's directory; settings have a subdirectory each.
-        settings: all that texts depend on beside the prompt.
+        root: the store's directory.
+        settings: everything but the prompt that texts depend on.
 
     Raises:
-        BufferError: if the directory cannot be written.
+        FileError: if the directory cannot be written.
     """
 
     def __init__(self, root: Path, settings: dict[str, Any]) -> None:
         written = json.dumps(settings, sort_keys=True, default=str)
         self.directory = Path(root) / hashlib.blake2b(written.encode(), digest_size=8).hexdigest()
-        self._places: dict[bytes, tuple[Path, int]] = {}
+        self._rows: dict[bytes, tuple[Path, int]] = {}
         self._shards: dict[Path, Shard] = {}
         self._pending: dict[bytes, tuple[list[int], list[int]]] = {}
         self._written_at = time.monotonic()
@@ -55,7 +54,7 @@ class TrajectoryStore:
                 self._index(path)
 
     def __len__(self) -> int:
-        return len(self._places) + len(self._pending)
+        return len(self._rows) + len(self._pending)
 
     def __enter__(self) -> TrajectoryStore:
         return self
@@ -63,27 +62,27 @@ class TrajectoryStore:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.flush()  # after an error too: the texts are whole
+        self.flush()  # after an error too, because every text is complete
 
     def get(self, prompt: list[int]) -> list[int] | None:
-        """The response to a prompt, or None where there is none yet."""
+        """The response to a prompt, or None if there is none yet."""
         key = _key(prompt)
         if key in self._pending:
             return self._pending[key][1]
-        if key not in self._places:
+        if key not in self._rows:
             return None
-        path, index = self._places[key]
+        path, index = self._rows[key]
         return self._shards[path].row("responses", index)
 
     def add(self, prompt: list[int], response: list[int]) -> None:
-        """Keep a text; it is written with the next shard."""
+        """Add a text, which is written with the next shard."""
         self._pending[_key(prompt)] = (prompt, response)
         late = time.monotonic() - self._written_at > SHARD_SECONDS
         if late or len(self._pending) >= SHARD_TEXTS:
             self.flush()
 
     def flush(self) -> None:
-        """Write what is pending as one shard."""
+        """Write the pending texts as one shard."""
         self._written_at = time.monotonic()
         if not self._pending:
             return
@@ -94,7 +93,7 @@ class TrajectoryStore:
             with replaced(path) as partial:
                 partial.write_bytes(content)
             self._shards[path] = Shard(path)
-        self._places |= {key: (path, index) for index, key in enumerate(self._pending)}
+        self._rows |= {key: (path, index) for index, key in enumerate(self._pending)}
         self._pending.clear()
 
     def _index(self, path: Path) -> None:
@@ -108,7 +107,7 @@ class TrajectoryStore:
             log.warning("%s is damaged (%s): its texts are produced again.", path, error)
             return
         self._shards[path] = shard
-        self._places |= {key: (path, index) for index, key in enumerate(keys)}
+        self._rows |= {key: (path, index) for index, key in enumerate(keys)}
 
 
 def _key(prompt: list[int]) -> bytes:

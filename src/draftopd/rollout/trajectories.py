@@ -1,8 +1,7 @@
-"""Trajectories: the target's own texts, wherever they come from.
+"""Trajectories: the target's own texts, from any source.
 
-Which texts the target produces does not depend on the drafter, so each is produced once: by decoding in this
-process, by a serving engine (:mod:`draftopd.rollout.server`), or it was recorded before
-(:mod:`draftopd.rollout.recorded`).
+The target's texts do not depend on the drafter, so each is produced only once: by decoding in this process, by a
+serving engine (:mod:`draftopd.rollout.server`) or by an earlier recording (:mod:`draftopd.rollout.recorded`).
 """
 
 from __future__ import annotations
@@ -21,18 +20,19 @@ from draftopd.rollout.origin import excess_surprise, foreign_tokens
 from draftopd.rollout.request import Request, Trajectory
 from draftopd.rollout.store import TrajectoryStore
 
-#: Texts looked at, and the share of their tokens that may differ: low precision decides near ties otherwise.
+#: Number of texts whose origin is checked.
 ORIGIN_SAMPLE = 16
-MOST_FOREIGN = 0.05
-#: Nats by which tokens drawn above temperature 0 may surprise the target more than its own would, on average.
-MOST_SURPRISE = 0.5
+#: Maximum fraction of their tokens that may differ from the target's; low precision may decide near ties differently.
+MAX_FOREIGN = 0.05
+#: Maximum mean excess surprise of tokens drawn above temperature 0, in nats.
+MAX_SURPRISE = 0.5
 
 
 class Trajectories(ABC):
     """A source of texts.
 
     Attributes:
-        counts: what became of the texts of the last :meth:`collect`, by name, for the log.
+        counts: how many texts of the last :meth:`collect` were used or left out, by reason, for the log.
     """
 
     def __init__(self) -> None:
@@ -42,17 +42,20 @@ class Trajectories(ABC):
 
     @abstractmethod
     def collect(self, request: Request) -> Iterator[list[Trajectory]]:
-        """The stretch's texts, batch by batch."""
+        """The request's texts, in batches."""
 
     def check_origin(self, request: Request, texts: list[Trajectory], last: bool = False) -> bool:
-        """Look, once a source, whether its first few texts are the target's own; says whether that is settled.
+        """Check, once per source, whether its first texts are the target's own.
 
         Args:
-            texts: some more texts; the look comes when there are enough of them.
-            last: no more will come.
+            texts: further texts; the check runs as soon as there are :data:`ORIGIN_SAMPLE`.
+            last: there will be no further texts.
+
+        Returns:
+            Whether the check has passed; False while texts are missing.
 
         Raises:
-            PromptError: if the target would not have produced them.
+            PromptError: if the target would not have produced the texts.
         """
         if self._checked:
             return True
@@ -65,8 +68,8 @@ class Trajectories(ABC):
         tokens = sum(len(t.response) for t in sample)
         self.counts["foreign tokens"] = foreign
         surprise = excess_surprise(request.target, sample, sampling)
-        if foreign > MOST_FOREIGN * tokens or surprise > MOST_SURPRISE:
-            average = "" if sampling.greedy else f", {surprise:.2f} nats a token more surprising"
+        if foreign > MAX_FOREIGN * tokens or surprise > MAX_SURPRISE:
+            average = "" if sampling.greedy else f", {surprise:.2f} nats per token more surprising"
             raise PromptError(
                 f"{foreign} of the first {tokens} recorded response tokens are not what the target would produce at "
                 f"temperature {sampling.temperature:g}{average}: use texts of this target, drawn with the same "
@@ -76,7 +79,7 @@ class Trajectories(ABC):
 
 
 class GeneratedTrajectories(Trajectories):
-    """Texts that are produced for prompts, each once: what the store has is not produced again.
+    """Texts produced for prompts; those in the store are not produced again.
 
     Args:
         store: directory of the texts, shared by all runs that name it.
@@ -87,10 +90,10 @@ class GeneratedTrajectories(Trajectories):
         self.store = store
 
     def collect(self, request: Request) -> Iterator[list[Trajectory]]:
-        """The stretch's texts in the order of its prompts, once all are there.
+        """The request's texts in the order of its prompts, after all have been produced.
 
         Raises:
-            BufferError: if the store cannot be written.
+            FileError: if the store cannot be written.
         """
         self.counts = Counter()
         prompts = request.prompts()
@@ -111,7 +114,7 @@ class GeneratedTrajectories(Trajectories):
 
     @abstractmethod
     def generate(self, request: Request, prompts: list[list[int]]) -> Iterator[list[Trajectory]]:
-        """Produce texts for these prompts, in any order; a text that cannot be trusted is left out."""
+        """Produce texts for these prompts, in any order; unverified texts are left out."""
 
 
 class InProcessTrajectories(GeneratedTrajectories):
@@ -119,10 +122,10 @@ class InProcessTrajectories(GeneratedTrajectories):
 
     Args:
         batch_size: prompts decoded together.
-        drafted: decode speculatively with the current drafter, which is faster and gives the same texts (at
-            temperature 0; above it, texts of the same law). An untrained drafter only costs time.
+        drafted: decode speculatively with the current drafter. This gives texts of the same distribution, and faster
+            unless the drafter is untrained.
         store: see :class:`GeneratedTrajectories`.
-        compiled: run the decoding steps through torch.compile.
+        compiled: see :class:`~draftopd.decoding.generate.Decoder`.
     """
 
     def __init__(self, store: str, batch_size: PositiveInt = 64, drafted: bool = True, compiled: bool = False) -> None:
@@ -136,7 +139,7 @@ class InProcessTrajectories(GeneratedTrajectories):
 
 
 def settings(request: Request) -> dict[str, object]:
-    """What a text depends on beside its prompt and, above temperature 0, chance."""
+    """Everything that a text depends on, apart from its prompt and, above temperature 0, chance."""
     sampling = request.rules.sampling
     return {
         "target": request.target.fingerprint(),

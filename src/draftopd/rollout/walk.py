@@ -1,16 +1,16 @@
 """Anchors without decoding: the blocks that the current drafter would have drafted on a given text.
 
-Speculative decoding is lossless, so the text does not depend on the drafter. On a trajectory that the target
-has produced, the anchors, proposals and accepted lengths of any drafter follow without a target step: draft
-at the anchor, see how far the text agrees, move on by the accepted length and one.
+Speculative decoding is lossless, so the text does not depend on the drafter. On a text of the target, the anchors,
+proposals and accepted lengths of any drafter are found without target steps: draft at the anchor, compare with the
+text, advance by the accepted length plus one.
 
-- Temperature 0, and target-only verification: a proposal is accepted while it equals the text's token.
-- Rejection sampling: the proposals come from the reverse coupling (:mod:`draftopd.decoding.coupling`).
+- At temperature 0 and with target-only verification a proposal is accepted while it equals the text's token.
+- With rejection sampling the proposals come from the reverse coupling (:mod:`draftopd.decoding.coupling`).
 
-Two ways lead along the chain. Walking drafts the next anchor of every text, round by round. Drafting at every
-position at once needs no rounds, but drafts the positions in between too. A round costs little more for many
-texts than for one, so many texts are walked, and the last few are finished at every position at once
-(`--parallel-below` of `benchmarks/speed/rollout.py` measures both).
+There are two ways to find the blocks. Walking drafts at the next anchor of every text, in rounds. Drafting at every
+position at once has no rounds, but drafts at unvisited positions too. A round costs about the same for one text and for
+many, so many texts are walked, and the last few are finished at every position at once (`--parallel-below` of
+`benchmarks/speed/rollout.py` measures both).
 """
 
 from __future__ import annotations
@@ -27,15 +27,15 @@ from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import accepted_prefix
 from draftopd.drafters.base import Chooser, Drafter
-from draftopd.targets.head import LMHead, best_tokens
+from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
-#: Tokens the target reads at once: enough to fill its matrices, few enough to stay in fast memory.
+#: Number of tokens that the target reads at a time; more do not run faster and need more memory.
 READ_TOKENS = 4096
 
 
 class Visited(NamedTuple):
-    """One text's blocks in order, as :class:`~draftopd.decoding.generate.Decoded` keeps them."""
+    """The blocks of one text in order, as in :class:`~draftopd.decoding.generate.Decoded`."""
 
     anchors: list[int]
     accepted: list[int]
@@ -44,11 +44,11 @@ class Visited(NamedTuple):
 
 
 class Texts(NamedTuple):
-    """Recorded texts and what the target made of them.
+    """Recorded texts and the target's states on them.
 
-    ``ids [batch, n]`` padded on the right, ``starts [batch]`` the first response positions, ``lengths [batch]``.
-    ``features [batch, n, taps * hidden]`` feed the drafter; ``states [batch, n, hidden]``, after the final norm,
-    are needed for the reverse coupling only.
+    ``ids [batch, n]`` are padded on the right, ``starts [batch]`` are the first response positions. The drafter reads
+    ``features [batch, n, taps * hidden]``. The reverse coupling alone needs ``states [batch, n, hidden]``, after the
+    final norm.
     """
 
     ids: Tensor
@@ -59,36 +59,31 @@ class Texts(NamedTuple):
 
 
 class Walker:
-    """Walks the chain of anchors along recorded texts.
+    """Finds the blocks of a drafter along recorded texts.
 
     Args:
-        rules: those under which the texts were drawn and would be decoded.
-        parallel_below: with at most so many texts left, their remaining positions are drafted all at once.
-            0 always walks.
-        blocks_at_once: most blocks drafted in one pass, which bounds memory.
+        rules: the rules under which the texts were drawn.
+        parallel_below: with at most this many unfinished texts, all their remaining positions are drafted at once; 0
+            always walks.
+        blocks_at_once: maximum number of blocks drafted in one pass, which bounds memory.
 
     Raises:
         ValueError: if a number lies outside its range.
     """
 
-    def __init__(
-        self,
-        rules: Rules,
-        parallel_below: int = 8,
-        blocks_at_once: int = 4096,
-    ) -> None:
+    def __init__(self, rules: Rules, parallel_below: int = 8, blocks_at_once: int = 4096) -> None:
         if parallel_below < 0 or blocks_at_once < 1:
             raise ValueError(
                 "parallel_below must be 0 or more and blocks_at_once 1 or more, "
                 f"found {parallel_below} and {blocks_at_once}."
             )
         self.sampling = rules.sampling
-        #: Whether proposals are recovered by the reverse coupling, for which the target's states are needed.
+        #: Whether proposals come from the reverse coupling, which needs the target's states.
         self.coupled = rules.rejection
         self.parallel_below, self.blocks_at_once = parallel_below, blocks_at_once
 
     def read(self, target: Target, ids: Tensor, starts: Tensor, lengths: Tensor) -> Texts:
-        """The target's forward over texts ``ids [batch, n]``, a few at a time and only as deep as needed."""
+        """The target's forward over texts ``ids [batch, n]``, in parts and only through the layers that are needed."""
         features, states = [], []
         for part in ids.split(max(1, READ_TOKENS // ids.shape[1])):
             if self.coupled:
@@ -105,18 +100,19 @@ class Walker:
 
         Args:
             target: tapped for the drafter.
-            texts: as :meth:`read` gives them.
-            seeds: one a text, of the reverse coupling's draws. The draws belong to text and position, so the
-                result depends neither on the batch nor on the way.
+            texts: from :meth:`read`.
+            seeds: one per text, for the draws of the reverse coupling. Each draw belongs to a text and a position, so
+                the result does not depend on the batch or on ``parallel_below``.
         """
         visits = _Visits(texts.lengths.tolist())
         uniforms = _uniforms(texts, drafter.num_proposals, seeds) if self.coupled else None
-        rows, anchors = _unfinished(torch.arange(len(texts.ids), device=texts.ids.device), texts.starts, texts.lengths)
+        rows = (texts.starts < texts.lengths - 1).nonzero()[:, 0]
+        anchors = texts.starts[rows]
         if len(rows) > self.parallel_below:
             width = texts.ids.shape[1]
             state = drafter.start(width)
-            every = torch.arange(width, device=texts.ids.device).expand_as(texts.ids)
-            drafter.observe(target, state, texts.features, texts.ids, every)
+            positions = torch.arange(width, device=texts.ids.device).expand_as(texts.ids)
+            drafter.observe(target, state, texts.features, texts.ids, positions)
             if len(rows) < len(texts.ids):
                 drafter.select(state, rows)
             while len(rows) > self.parallel_below:
@@ -126,11 +122,9 @@ class Walker:
                 tokens = drafter.draft(target, state, anchors, block.tokens[:, 0], visible, choose).tokens
                 accepted = block.agreement(tokens)
                 visits.add(rows, anchors, tokens[:, 0], accepted[:, 0])
-                # The fastest and the slowest text of a batch part ways; rows that are done are let go.
-                before = len(rows)
                 anchors = anchors + accepted[:, 0] + 1
                 keep = (anchors < texts.lengths[rows] - 1).nonzero()[:, 0]
-                if len(keep) == before:
+                if len(keep) == len(rows):
                     continue
                 rows, anchors = rows[keep], anchors[keep]
                 if len(rows) > self.parallel_below:
@@ -149,51 +143,51 @@ class Walker:
         uniforms: Tensor | None,
         visits: _Visits,
     ) -> None:
-        """Draft at every remaining position of these rows, then follow the chain through what came out."""
+        """Draft at every remaining position of these rows, then select the blocks that decoding would visit."""
         last = texts.lengths[rows] - 2
         count = int((last - anchors).max()) + 1
         step = max(1, self.blocks_at_once // len(rows))
         features, ids = texts.features[rows], texts.ids[rows]
         for begin in range(0, count, step):
             offsets = torch.arange(begin, min(begin + step, count), device=rows.device)
-            places = torch.minimum(anchors[:, None] + offsets, last[:, None])
-            block = _Block(texts, rows, places, drafter.num_proposals)
+            positions = torch.minimum(anchors[:, None] + offsets, last[:, None])
+            block = _Block(texts, rows, positions, drafter.num_proposals)
             choose = self._chooser(target, drafter, texts, block, uniforms)
-            tokens = drafter.replay(target, features, ids, places, choose).tokens
+            tokens = drafter.replay(target, features, ids, positions, choose).tokens
             visits.add_every(rows, anchors + begin, tokens, block.agreement(tokens))
 
     def _chooser(
         self, target: Target, drafter: Drafter, texts: Texts, block: _Block, uniforms: Tensor | None
     ) -> Chooser:
-        """How proposals are picked: the drafter's best token, or the coupling's."""
+        """The choice of proposals: the drafter's best tokens, or those of the reverse coupling."""
         head = drafter.head(target)
         if uniforms is None:
-            return lambda hidden: best_tokens(hidden, head)
+            return head.best_tokens
         assert texts.states is not None
-        offsets = block.places - texts.starts[block.rows, None]
+        offsets = block.anchors - texts.starts[block.rows, None]
         uniforms = uniforms[block.rows[:, None], offsets]
         return _CoupledChoice(head, target.head, self.sampling, texts.states, block, uniforms)
 
 
 class _Block:
-    """Blocks at ``places [rows, A]``: the anchors' tokens, the text at their slots, and where it has ended."""
+    """Blocks at ``anchors [rows, A]``: the anchors' tokens, the text's tokens at their slots, and where it ends."""
 
-    def __init__(self, texts: Texts, rows: Tensor, places: Tensor, slots: int) -> None:
-        self.rows, self.places = rows, places
+    def __init__(self, texts: Texts, rows: Tensor, anchors: Tensor, slots: int) -> None:
+        self.rows, self.anchors = rows, anchors
         ids = texts.ids[rows]
-        self.tokens = ids.gather(1, places)
-        self.slots = places[..., None] + torch.arange(1, slots + 1, device=places.device)
+        self.tokens = ids.gather(1, anchors)
+        self.slots = anchors[..., None] + torch.arange(1, slots + 1, device=anchors.device)
         inside = self.slots.clamp_max(ids.shape[1] - 1).flatten(1)
         self.labels = ids.gather(1, inside).view_as(self.slots)
         self.recorded = self.slots < texts.lengths[rows, None, None]
 
     def agreement(self, proposals: Tensor) -> Tensor:
-        """``[rows, A]``: accepted lengths of ``proposals [rows, A, K]``."""
+        """Accepted lengths ``[rows, A]`` of ``proposals [rows, A, K]``."""
         return accepted_prefix((proposals == self.labels) & self.recorded)
 
 
 class _CoupledChoice:
-    """Picks the proposals of successive slots by the reverse coupling, in chunks of the vocabulary's size."""
+    """Draws the proposals of successive slots by the reverse coupling, in chunks of bounded memory."""
 
     def __init__(
         self, head: LMHead, target_head: LMHead, sampling: Sampling, states: Tensor, block: _Block, uniforms: Tensor
@@ -201,7 +195,7 @@ class _CoupledChoice:
         self.head, self.target_head, self.sampling = head, target_head, sampling
         self.states, self.block, self.uniforms = states, block, uniforms
         self.slot = 0
-        self.agreed = torch.ones_like(block.places, dtype=torch.bool)
+        self.agreed = torch.ones_like(block.anchors, dtype=torch.bool)
 
     def __call__(self, hidden: Tensor) -> Tensor:
         """``[rows, A, n, hidden] -> [rows, A, n]``: the next ``n`` slots."""
@@ -211,65 +205,58 @@ class _CoupledChoice:
         labels, recorded = self.block.labels[..., part].flatten(0, 1), self.block.recorded[..., part].flatten(0, 1)
         # The state one position earlier predicts a slot's token.
         before = (self.block.slots[..., part] - 1).clamp_max(self.states.shape[1] - 1).flatten(0, 1)
-        rows = self.block.rows[:, None].expand_as(self.block.places).flatten()
+        rows = self.block.rows[:, None].expand_as(self.block.anchors).flatten()
         uniforms, agreed = self.uniforms[..., part, :].flatten(0, 1), self.agreed.flatten()
         drafted = hidden.flatten(0, 1)
         tokens = torch.empty_like(labels)
         chunk = self.target_head.rows_at_once(n)
         for begin in range(0, len(labels), chunk):
-            few = slice(begin, begin + chunk)
-            q = self.sampling.probabilities(self.head.target_logits(drafted[few]))
-            p = self.sampling.probabilities(self.target_head.logits(self.states[rows[few, None], before[few]]))
-            tokens[few], agreed[few] = couple(labels[few], recorded[few], q, p, uniforms[few], agreed[few])
+            at = slice(begin, begin + chunk)
+            q = self.sampling.probabilities(self.head.target_logits(drafted[at]))
+            p = self.sampling.probabilities(self.target_head.logits(self.states[rows[at, None], before[at]]))
+            tokens[at], agreed[at] = couple(labels[at], recorded[at], q, p, uniforms[at], agreed[at])
         self.agreed = agreed.view_as(self.agreed)
         return tokens.view(hidden.shape[:-1])
 
 
 class _Visits:
-    """Collects the blocks of texts of these lengths as they are visited."""
+    """Collects the visited blocks of texts of these lengths."""
 
     def __init__(self, lengths: list[int]) -> None:
         self.lengths = lengths
         self.visited = [Visited([], [], [], []) for _ in lengths]
 
     def _add(self, row: int, anchor: int, accepted: int, proposals: list[int]) -> None:
-        found = self.visited[row]
-        found.anchors.append(anchor)
-        found.accepted.append(accepted)
-        # The end of a text cuts its last block short.
-        found.emitted.append(min(accepted + 1, self.lengths[row] - 1 - anchor))
-        found.proposals.append(proposals)
+        blocks = self.visited[row]
+        blocks.anchors.append(anchor)
+        blocks.accepted.append(accepted)
+        # The last block may extend beyond the end of the text.
+        blocks.emitted.append(min(accepted + 1, self.lengths[row] - 1 - anchor))
+        blocks.proposals.append(proposals)
 
     def add(self, rows: Tensor, anchors: Tensor, proposals: Tensor, accepted: Tensor) -> None:
-        """One block of each of these rows: ``[rows]``, ``[rows]``, ``[rows, K]``, ``[rows]``."""
-        blocks = zip(rows.tolist(), anchors.tolist(), accepted.tolist(), proposals.tolist(), strict=True)
-        for block in blocks:
+        """Add one block per row: ``[rows]``, ``[rows]``, ``[rows, K]``, ``[rows]``."""
+        for block in zip(rows.tolist(), anchors.tolist(), accepted.tolist(), proposals.tolist(), strict=True):
             self._add(*block)
 
     def add_every(self, rows: Tensor, first: Tensor, proposals: Tensor, accepted: Tensor) -> None:
-        """Blocks at consecutive positions from ``first [rows]`` on, of which the chain visits some."""
+        """Add the visited ones among blocks at consecutive positions that begin at ``first [rows]``."""
         lengths, starts = accepted.tolist(), first.tolist()
-        chosen: list[tuple[int, int]] = []  # of these rows, of their positions
+        chosen: list[tuple[int, int]] = []  # index of the row and of the block in it
         for i, row in enumerate(rows.tolist()):
-            found, end = self.visited[row], self.lengths[row] - 1 - starts[i]
-            place = found.anchors[-1] + found.accepted[-1] + 1 - starts[i] if found.anchors else 0
-            while place < min(len(lengths[i]), end):
-                chosen.append((i, place))
-                place += lengths[i][place] + 1
+            blocks, end = self.visited[row], self.lengths[row] - 1 - starts[i]
+            j = blocks.anchors[-1] + blocks.accepted[-1] + 1 - starts[i] if blocks.anchors else 0
+            while j < min(len(lengths[i]), end):
+                chosen.append((i, j))
+                j += lengths[i][j] + 1
         if chosen:
             picked = tuple(torch.tensor(chosen, device=proposals.device).T)
-            for (i, place), tokens in zip(chosen, proposals[picked].tolist(), strict=True):
-                self._add(int(rows[i]), starts[i] + place, lengths[i][place], tokens)
-
-
-def _unfinished(rows: Tensor, anchors: Tensor, lengths: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows whose anchor still has a token after it."""
-    keep = (anchors < lengths - 1).nonzero()[:, 0]
-    return rows[keep], anchors[keep]
+            for (i, j), tokens in zip(chosen, proposals[picked].tolist(), strict=True):
+                self._add(int(rows[i]), starts[i] + j, lengths[i][j], tokens)
 
 
 def _uniforms(texts: Texts, slots: int, seeds: Sequence[int]) -> Tensor:
-    """``[batch, positions, K, 2]`` uniform numbers, the same for a text wherever it stands in a batch."""
+    """``[batch, positions, K, 2]`` uniform numbers, which depend on the text's seed only."""
     counts = (texts.lengths - texts.starts).clamp_min(1).tolist()
     drawn = [
         torch.rand(n, slots, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -279,5 +266,5 @@ def _uniforms(texts: Texts, slots: int, seeds: Sequence[int]) -> Tensor:
 
 
 def text_seed(seed: int, tokens: Sequence[int]) -> int:
-    """The seed of one text's draws, whatever stands beside it."""
+    """The seed of one text's draws, independent of the other texts of its batch."""
     return zlib.crc32(repr(list(tokens)).encode(), seed & 0xFFFFFFFF)

@@ -1,8 +1,7 @@
 """Key/value caches whose slot index is the token's absolute position.
 
-Rows of a batch stand at different lengths, and a rejected proposal's entry is simply overwritten by
-the token that takes its position: nothing is cropped, copied or filled in again. A mask over
-positions (``key <= query``) keeps stale entries out of sight until then.
+Rows of a batch can have different lengths, and the entry of a rejected proposal is overwritten by the token that takes
+its position. Until then a mask over positions (``key <= query``) hides the stale entry.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ class PositionStore:
         self.values: Tensor | None = None
 
     def write(self, keys: Tensor, values: Tensor, positions: Tensor) -> None:
-        """Put entries ``[batch, heads, n, head_dim]`` at ``positions [batch, n]`` (or ``[n]``, all rows)."""
+        """Write entries ``[batch, heads, n, head_dim]`` at ``positions [batch, n]``, or ``[n]`` for all rows."""
         if self.keys is None or self.values is None:
             batch, heads, _, size = keys.shape
             self.keys = keys.new_zeros(batch, heads, self.capacity, size)
@@ -40,22 +39,19 @@ class PositionStore:
         return self.keys[:, :, :visible], self.values[:, :, :visible]
 
     def stay(self) -> None:
-        """Tell torch.compile that the memory stays where it is: writing to other memory rules out CUDA graphs."""
-        for kept in (self.keys, self.values):
-            if kept is not None:
-                torch._dynamo.mark_static_address(kept)
+        """Tell torch.compile that the memory keeps its address, as CUDA graphs require of what they write to."""
+        for tensor in (self.keys, self.values):
+            if tensor is not None:
+                torch._dynamo.mark_static_address(tensor)
 
     def select(self, rows: Tensor) -> None:
-        """Keep these rows of the batch."""
+        """Keep only these rows of the batch."""
         if self.keys is not None and self.values is not None:
             self.keys, self.values = self.keys[rows], self.values[rows]
 
 
 class PositionCache(Cache):
-    """A transformers cache over :class:`PositionStore` layers.
-
-    ``at`` says where the next forward's tokens stand; the forward's own updates then go there.
-    """
+    """A transformers cache of one :class:`PositionStore` per layer; :meth:`at` sets where the next forward writes."""
 
     def __init__(self, capacity: int, layers: int) -> None:
         super().__init__(layers=[])
@@ -64,7 +60,7 @@ class PositionCache(Cache):
         self.visible = 0
 
     def at(self, positions: Tensor, visible: int) -> PositionCache:
-        """Set the positions ``[batch, n]`` or ``[n]`` written next; keys up to ``visible`` are returned."""
+        """Set the positions ``[batch, n]`` or ``[n]`` of the next forward, which sees ``visible`` positions."""
         self.positions, self.visible = positions, visible
         return self
 
@@ -82,9 +78,9 @@ class PositionCache(Cache):
 
 
 class ContextCache(Cache):
-    """A recorded context that blocks attend to without adding to it: updates are returned, not kept.
+    """A recorded context that blocks attend to without changing it.
 
-    They see the positions from ``begin`` up to ``visible``.
+    Blocks see the positions from ``begin`` up to ``visible`` and their own keys and values, which are not stored.
     """
 
     def __init__(self, context: PositionCache, visible: int, begin: int = 0) -> None:
@@ -92,8 +88,7 @@ class ContextCache(Cache):
         self.context, self.visible, self.begin = context, visible, begin
 
     def update(self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs):
-        keys, values = self.context.stores[layer_idx].read(self.visible)
-        keys, values = keys[:, :, self.begin :], values[:, :, self.begin :]
+        keys, values = (kept[:, :, self.begin :] for kept in self.context.stores[layer_idx].read(self.visible))
         return torch.cat([keys, key_states], dim=2), torch.cat([values, value_states], dim=2)
 
     def get_seq_length(self, layer_idx: int = 0, *args, **kwargs) -> int:

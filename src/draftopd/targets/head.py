@@ -7,24 +7,24 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
-#: Logits held at once, in elements (float32): 32 MiB per copy, half of which fits into the caches of a CPU.
+#: Maximum number of float32 logits in memory at a time: 32 MiB per copy, about the cache of a CPU.
 CHUNK_ELEMENTS = 2**23
-#: The same on a GPU, as a multiple: every chunk reads the whole head again.
+#: Multiple of it on a GPU, where larger chunks pay because every chunk reads the whole head again.
 GPU_CHUNKS = 8
 
 
 def rows_at_once(logits: int, gpu: bool) -> int:
-    """How many rows of that many logits each to hold at once."""
+    """The number of rows, of this many logits each, to compute at a time."""
     return max(1, (GPU_CHUNKS if gpu else 1) * CHUNK_ELEMENTS // logits)
 
 
 class LMHead:
-    """Hidden states to logits.
+    """A linear map from hidden states to logits, one row per token.
 
     Args:
         module: the output embedding, ``weight [size, hidden]``.
-        softcap: logits pass through ``softcap * tanh(logits / softcap)`` where set (Gemma).
-        vocabulary: the target's tokens that the rows stand for; None: all of them.
+        softcap: where set, logits become ``softcap * tanh(logits / softcap)`` (Gemma).
+        vocabulary: the target's tokens that have a row; None means all.
     """
 
     def __init__(self, module: nn.Module, softcap: float | None = None, vocabulary: Vocabulary | None = None) -> None:
@@ -43,11 +43,11 @@ class LMHead:
         return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
 
     def rows_at_once(self, per_row: int = 1) -> int:
-        """How many rows of ``per_row`` states each to turn into logits at once, so that memory stays bounded."""
+        """The number of rows, of ``per_row`` states each, whose logits fit into bounded memory."""
         return rows_at_once(self.weight.shape[0] * per_row, self.weight.is_cuda)
 
     def chunks(self, *tensors: Tensor, per_row: int = 1) -> Iterator[tuple[Tensor, ...]]:
-        """The tensors ``[n, ...]`` side by side, :meth:`rows_at_once` rows at a time."""
+        """Tuples of slices of the tensors ``[n, ...]``, :meth:`rows_at_once` rows each."""
         size = self.rows_at_once(per_row)
         return zip(*(tensor.split(size) for tensor in tensors), strict=True)
 
@@ -56,49 +56,44 @@ class LMHead:
         logits = self.logits(hidden)
         return logits if self.vocabulary is None else self.vocabulary.spread(logits)
 
+    @torch.no_grad()
     def best_tokens(self, hidden: Tensor) -> Tensor:
-        """The most likely token ``[...]`` at each state ``[..., hidden]``."""
-        best = self.logits(hidden).argmax(-1)
+        """The most likely token ``[...]`` at each state ``[..., hidden]``, computed in chunks."""
+        parts = [self.logits(part).argmax(-1) for (part,) in self.chunks(hidden.flatten(0, -2))]
+        best = torch.cat(parts).view(hidden.shape[:-1])
         return best if self.vocabulary is None else self.vocabulary.ids[best]
 
     def restrict(self, log_probs: Tensor) -> Tensor:
-        """The columns of ``[..., vocab]`` that have a row, ``[..., size]``."""
+        """The columns ``[..., size]`` of ``[..., vocab]`` whose tokens have a row."""
         return log_probs if self.vocabulary is None else log_probs[..., self.vocabulary.ids]
 
     def covers(self, tokens: Tensor) -> Tensor:
-        """Which tokens ``[...]`` have a row."""
+        """``[...]`` True at tokens ``[...]`` that have a row."""
         if self.vocabulary is None:
             return torch.ones_like(tokens, dtype=torch.bool)
         return self.vocabulary.inside[tokens]
 
     def row_of(self, tokens: Tensor) -> Tensor:
-        """The row ``[...]`` of each token ``[...]``; where it has none, any."""
+        """The row ``[...]`` of each token ``[...]``; an arbitrary row for a token without one."""
         return tokens if self.vocabulary is None else self.vocabulary.rows[tokens]
 
 
 class Vocabulary:
-    """A part of the target's vocabulary.
+    """A subset of the target's vocabulary.
 
     Args:
-        inside: bool ``[vocab]``, True at its tokens.
+        inside: bool ``[vocab]``, True at the subset's tokens.
     """
 
     def __init__(self, inside: Tensor) -> None:
         self.inside = inside
         #: ``[size]`` token ids, ascending.
         self.ids = inside.nonzero()[:, 0]
-        #: ``[vocab]`` the row of each token.
+        #: ``[vocab]`` the index in ``ids`` of each token.
         self.rows = (inside.long().cumsum(0) - 1).clamp_min(0)
 
     def spread(self, logits: Tensor) -> Tensor:
-        """``[..., size] -> [..., vocab]``, ``-inf`` outside."""
+        """``[..., size] -> [..., vocab]``, ``-inf`` at tokens outside the subset."""
         whole = logits.new_full((*logits.shape[:-1], len(self.inside)), -torch.inf)
         whole[..., self.ids] = logits
         return whole
-
-
-@torch.no_grad()
-def best_tokens(hidden: Tensor, head: LMHead) -> Tensor:
-    """The head's most likely token ``[...]`` at every state ``[..., hidden]``, in chunks."""
-    flat = hidden.detach().flatten(0, -2)
-    return torch.cat([head.best_tokens(part) for (part,) in head.chunks(flat)]).view(hidden.shape[:-1])

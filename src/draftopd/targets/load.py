@@ -25,17 +25,14 @@ def load_target(
     """Load a causal LM from a local directory or the model hub.
 
     Args:
-        attn_implementation: transformers' name of it; None takes SDPA, or eager for models without it (gpt-oss).
+        attn_implementation: transformers' name of the attention; None selects SDPA, or eager attention for models
+            without SDPA (gpt-oss).
 
     Raises:
-        TargetError: if it cannot be had, with what to do instead.
+        TargetError: if the model cannot be found, loaded or moved to the device.
     """
     path = resolve(path)
-    options = {
-        "revision": revision,
-        "trust_remote_code": trust_remote_code,
-        "local_files_only": local_only(path),
-    }
+    options = {"revision": revision, "trust_remote_code": trust_remote_code, "local_files_only": local_only(path)}
     check_index(path)
     try:
         config = AutoConfig.from_pretrained(path, **options)
@@ -49,10 +46,10 @@ def load_target(
         )  # fmt: skip
     except TargetError:
         raise
-    except Exception as error:  # whatever transformers stumbles over in files from elsewhere
+    except Exception as error:  # transformers raises many types of errors on broken files
         raise TargetError(unavailable(path, error)) from error
     if report["missing_keys"]:
-        # transformers only warns, and goes on with random weights.
+        # transformers only warns and uses random weights.
         raise TargetError(
             f"The target {path} lacks the tensors {sorted(report['missing_keys'])[:4]}: copy or download it again."
         )
@@ -64,44 +61,41 @@ def load_target(
 
 
 def load_tokenizer(path: str, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """The tokenizer beside a target.
+    """The tokenizer of a target.
 
     Raises:
-        TargetError: if it cannot be had.
+        TargetError: if it cannot be found or loaded.
     """
     path = resolve(path)
     try:
         tokenizer = AutoTokenizer.from_pretrained(
             path, trust_remote_code=trust_remote_code, local_files_only=local_only(path)
         )
-    except Exception as error:  # the tokenizers library knows no other
+    except Exception as error:  # the tokenizers library raises plain Exception
         raise TargetError(unavailable(path, error)) from error
-    if tokenizer.vocab_size < 2:  # transformers makes one of nothing
+    if tokenizer.vocab_size < 2:  # transformers creates an empty tokenizer where the files are missing
         raise TargetError(f"The target {path} has no tokenizer.json, or an empty one: copy or download it again.")
     return tokenizer
 
 
 def stop_tokens(target: Target, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
-    """The token ids that end a response: the generation config's, and the tokenizer's own.
+    """The token ids that end a response: those of the generation config and the tokenizer's own.
 
     Raises:
-        TargetError: if the generation config names something else.
+        TargetError: if the generation config names something other than token ids.
     """
-    found = getattr(target.model.generation_config, "eos_token_id", None)
-    named = found if isinstance(found, list) else [] if found is None else [found]
+    configured = getattr(target.model.generation_config, "eos_token_id", None)
+    named = configured if isinstance(configured, list) else [] if configured is None else [configured]
     if not all(type(i) is int for i in named):
         raise TargetError(f"The target's generation_config.json names eos_token_id {named}: write token ids there.")
-    ids = set(named)
-    if tokenizer.eos_token_id is not None:
-        ids.add(int(tokenizer.eos_token_id))
-    return frozenset(ids)
+    return frozenset(named if tokenizer.eos_token_id is None else [*named, int(tokenizer.eos_token_id)])
 
 
 def _parameters(config: PreTrainedConfig, trust_remote_code: bool) -> int:
-    """How many numbers a config's model has; it is made without memory. 0 where it cannot be made so.
+    """The number of parameters of a config's model, which is built on the meta device; 0 where that fails.
 
-    A model that reads its own weights while it is made cannot; the loader has ways around that, and says what is wrong
-    with any other.
+    It fails for models that read their own weights while they are built. The loader can load these, and reports what is
+    wrong with others.
     """
     try:
         with torch.device("meta"):

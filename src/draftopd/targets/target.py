@@ -6,7 +6,7 @@ import hashlib
 import inspect
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -19,15 +19,15 @@ from draftopd.targets.masks import LayerMasks, own_block
 from draftopd.targets.packed import within
 from draftopd.targets.shape import TargetShape
 
-#: Queries scored at once: keeps the cost of block scoring linear in the number of anchors.
+#: Maximum number of queries scored at a time, which keeps the cost of scoring linear in the number of anchors.
 MAX_BLOCK_QUERIES = 1024
 
 
 class Reading(NamedTuple):
-    """What one target forward yields.
+    """The result of one target forward.
 
-    ``hidden [batch, n, hidden]``: after the final norm, ready for the LM head.
-    ``features [batch, n, taps * hidden]``: outputs of the tapped layers, side by side.
+    ``hidden [batch, n, hidden]`` are the states after the final norm, the input of the LM head.
+    ``features [batch, n, taps * hidden]`` are the concatenated outputs of the tapped layers.
     """
 
     hidden: Tensor
@@ -35,18 +35,18 @@ class Reading(NamedTuple):
 
 
 class _EnoughError(Exception):
-    """Ends a forward once the last tapped layer has been seen."""
+    """Ends a forward after the last tapped layer."""
 
 
 class Target(nn.Module):
-    """A causal LM that is only read: always in eval mode, never trained.
+    """A frozen causal LM, always in eval mode.
 
     Args:
-        model: a transformers causal LM whose layers are full or sliding-window attention.
-        taps: indices of the layers whose outputs the drafter reads; ``i`` is the output of layer ``i``.
+        model: a transformers causal LM whose layers have full or sliding-window attention.
+        taps: the layers whose outputs the drafter reads, see :meth:`tap`.
 
     Raises:
-        TargetError: if a tap lies outside the model or a layer has another kind of attention.
+        TargetError: if a tap lies outside the model, or a layer or the LM head is of an unsupported kind.
     """
 
     def __init__(self, model: PreTrainedModel, taps: tuple[int, ...] = ()) -> None:
@@ -57,22 +57,23 @@ class Target(nn.Module):
         self.head = LMHead(model.get_output_embeddings(), getattr(self.config, "final_logit_softcapping", None))
         self.masks = LayerMasks(self.config)
         self._check_head()
-        # transformers 5.24 calls the argument `cache`; before, it was `past_key_values`.
+        # The argument is named `cache` since transformers 5.24, `past_key_values` before.
         names = inspect.signature(type(self.body).forward).parameters
         self._cache_argument = "cache" if "cache" in names else "past_key_values"
         self._tapped: dict[int, Tensor] = {}
         self._enough: int | None = None
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._fingerprint: str | None = None
-        #: Entered for every pass through the body, told how many layers it goes through.
-        self.turn: Callable[[int], AbstractContextManager[None]] = _alone
+        #: Called with the number of layers of each pass through the body; the pass runs in the context it returns.
+        self.turn: Callable[[int], AbstractContextManager[Any]] = nullcontext
         self.taps: tuple[int, ...] = ()
         self.tap(taps)
 
     def tap(self, layers: tuple[int, ...]) -> Target:
-        """Choose the layers whose outputs later readings carry; only these are kept.
+        """Choose the layers whose outputs later readings carry.
 
-        The number of layers itself stands for the states after the final norm.
+        Layer ``i`` stands for the output of layer ``i`` from 0, the number of layers for the states after the final
+        norm.
         """
         blocks = [*self.body.layers, self.body.norm]
         wrong = [i for i in layers if not 0 <= i < len(blocks)]
@@ -88,7 +89,7 @@ class Target(nn.Module):
         return self
 
     def train(self, mode: bool = True) -> Target:
-        """Stay in eval mode whatever the surrounding module does."""
+        """Stay in eval mode, whatever the mode of the surrounding module."""
         return super().train(False)
 
     @property
@@ -120,18 +121,18 @@ class Target(nn.Module):
         return self.head.weight.dtype
 
     def fingerprint(self) -> str:
-        """A short text that tells targets apart by shape and weights, wherever they were loaded from."""
+        """A short hash of the config and a sample of the weights, independent of where the target was loaded from."""
         if self._fingerprint is not None:
             return self._fingerprint
         shape = {k: v for k, v in self.config.to_diff_dict().items() if k != "transformers_version"}
         digest = hashlib.blake2b(str(sorted(shape.items(), key=str)).encode(), digest_size=8)
         for name, tensor in self.model.named_parameters():
-            few = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
-            digest.update(name.encode() + few.float().cpu().numpy().tobytes())
+            sample = tensor.detach().flatten()[:: max(1, tensor.numel() // 256)]
+            digest.update(name.encode() + sample.float().cpu().numpy().tobytes())
         return digest.hexdigest()
 
     def keep_fingerprint(self) -> None:
-        """Find the fingerprint now and keep it: for weights that later are not here as a whole."""
+        """Compute and keep the fingerprint, before the weights are sharded over processes."""
         self._fingerprint = self.fingerprint()
 
     def embed(self, ids: Tensor) -> Tensor:
@@ -139,7 +140,7 @@ class Target(nn.Module):
         return self.model.get_input_embeddings()(ids)
 
     def new_cache(self, capacity: int) -> PositionCache:
-        """An empty cache for sequences up to ``capacity`` tokens."""
+        """An empty cache for sequences of at most ``capacity`` tokens."""
         return PositionCache(capacity, self.num_layers)
 
     @torch.no_grad()
@@ -151,15 +152,16 @@ class Target(nn.Module):
         visible: int | None = None,
         begins: Tensor | None = None,
     ) -> Reading:
-        """Read tokens and remember them in the cache.
+        """Read tokens and write them to the cache.
 
         Args:
             ids: ``[batch, n]``; rows may be padded on the right.
-            cache: filled at ``positions``; entries at later positions count as absent.
-            positions: ``[batch, n]`` absolute positions; default ``0..n-1``, for a fresh cache.
-            visible: one more than the largest position; default for a fresh cache ``n``.
-            begins: ``[batch, n]``, for a fresh cache whose rows hold several sequences: where in the row each token's
-                own begins. It sees no other, and positions count from there. The cache keeps the places in the row.
+            cache: written at ``positions``; entries at later positions are not seen.
+            positions: ``[batch, n]`` absolute positions; default ``0..n-1``, for an empty cache.
+            visible: the largest position plus one; default ``n``, for an empty cache.
+            begins: ``[batch, n]``, for an empty cache and packed rows: the index in the row at which the sequence of
+                each token begins. A token sees its own sequence only and its position counts from there, while the
+                cache stores it at its index in the row.
         """
         if positions is None:
             positions = torch.arange(ids.shape[1], device=ids.device)
@@ -170,14 +172,14 @@ class Target(nn.Module):
                 return self._run(ids, positions - begins, mask, cache.at(positions, visible))
         keys = torch.arange(visible, device=ids.device)
         allowed = keys <= positions.view(-1, ids.shape[1])[..., None]
-        rows = positions.expand(ids.shape)
-        return self._forward(ids, rows, allowed, keys[None], cache.at(positions, visible))
+        mask = self.masks.of(allowed, positions.expand(ids.shape), keys[None], self.dtype)
+        return self._run(ids, positions.expand(ids.shape), mask, cache.at(positions, visible))
 
     @torch.no_grad()
     def read_features(self, ids: Tensor, begins: Tensor | None = None) -> Tensor:
         """The tapped states ``[batch, n, taps * hidden]`` of whole sequences, padded on the right.
 
-        Nothing is remembered, and layers above the last tap are not computed. ``begins``: see :meth:`read`.
+        No cache is written, and the layers above the last tap are not computed. ``begins``: see :meth:`read`.
         """
         self._tapped.clear()
         self._enough = max(self.taps)
@@ -198,46 +200,41 @@ class Target(nn.Module):
     def score_blocks(
         self, cache: PositionCache, length: int, anchors: Tensor, tokens: Tensor, begins: Tensor | None = None
     ) -> Tensor:
-        """The target's states along many blocks at once, over one cached context.
+        """The target's states along many blocks over one cached context.
 
-        Slot ``j`` of the block at anchor ``a`` stands at position ``a + j`` and sees the recorded
-        tokens before ``a`` and its own block up to ``j``. No recorded token is computed again.
+        Slot ``j`` of the block at anchor ``a`` has position ``a + j`` and sees the recorded tokens before ``a`` and
+        its own block up to ``j``. The recorded tokens are read from the cache only.
 
         Args:
-            cache: the recorded sequences, as left by :meth:`read`.
+            cache: the recorded sequences, written by :meth:`read`.
             length: number of recorded positions in the cache.
-            anchors: ``[batch, A]`` anchor positions.
+            anchors: ``[batch, A]`` anchor positions; indices in the row where rows are packed.
             tokens: ``[batch, A, n]`` block tokens, the anchor's first.
-            begins: ``[batch, length]``, as the sequences were read; ``anchors`` are then places in the row.
+            begins: ``[batch, length]`` as passed to :meth:`read`.
 
         Returns:
-            ``[batch, A, n, hidden]``, after the final norm: slot ``j`` predicts position ``a + j + 1``.
+            ``[batch, A, n, hidden]`` after the final norm; slot ``j`` predicts position ``a + j + 1``.
         """
         batch, _, n = tokens.shape
         chunk = max(1, MAX_BLOCK_QUERIES // n)
-        packed, least, most = begins is not None, 0, length
+        packed, start, end = begins is not None, 0, length
         begins = anchors.new_zeros(batch, length) if begins is None else begins
         scored = []
         for a, t in zip(anchors.split(chunk, 1), tokens.split(chunk, 1), strict=True):
             first = begins.gather(1, a)
             if packed:
-                # The blocks of a chunk see little of a long row.
-                least, most = torch.stack([first.min(), a.max()]).tolist()
-            places = torch.arange(least, most, device=a.device)
-            seen = (places >= first[..., None]) & (places < a[..., None])
+                # The blocks of a chunk see only a part of a long row.
+                start, end = torch.stack([first.min(), a.max()]).tolist()
+            indices = torch.arange(start, end, device=a.device)
+            seen = (indices >= first[..., None]) & (indices < a[..., None])
             own = own_block(a.shape[1], n, a.device).expand(batch, -1, -1)
             positions = ((a - first)[..., None] + torch.arange(n, device=a.device)).flatten(1)
             allowed = torch.cat([seen.repeat_interleave(n, dim=1), own], -1)
-            keys = torch.cat([places - begins[:, least:most], positions], -1)
-            reading = self._forward(t.flatten(1), positions, allowed, keys, ContextCache(cache, most, least))
+            keys = torch.cat([indices - begins[:, start:end], positions], -1)
+            mask = self.masks.of(allowed, positions, keys, self.dtype)
+            reading = self._run(t.flatten(1), positions, mask, ContextCache(cache, end, start))
             scored.append(reading.hidden.unflatten(1, (-1, n)))
         return torch.cat(scored, 1)
-
-    def _forward(
-        self, ids: Tensor, positions: Tensor, allowed: Tensor, keys: Tensor, cache: PositionCache | ContextCache
-    ) -> Reading:
-        """Read ``ids`` at ``positions [batch, n]``; what they see: :meth:`LayerMasks.of`."""
-        return self._run(ids, positions, self.masks.of(allowed, positions, keys, self.dtype), cache)
 
     def _run(
         self, ids: Tensor, positions: Tensor, mask: Tensor | dict[str, Tensor], cache: PositionCache | ContextCache
@@ -255,10 +252,10 @@ class Target(nn.Module):
 
     @contextmanager
     def _within(self, begins: Tensor, layers: int) -> Iterator[Tensor | dict[str, Tensor]]:
-        """Attention within the sequences of packed rows; gives the mask to call the model with.
+        """Attention within the sequences of packed rows; yields the mask to pass to the model.
 
         Raises:
-            TargetError: if not all of the ``layers`` computed in it attended so.
+            TargetError: if not all of the ``layers`` computed in this context went through it.
         """
         config = self.body.config
         causal = config._attn_implementation == "sdpa"
@@ -268,8 +265,8 @@ class Target(nn.Module):
             yield self.masks.of(before, positions, positions, self.dtype, causal)
         if sequences.layers != layers:
             raise TargetError(
-                f"Of the target's layers {sequences.layers} of {layers} attend through transformers' attention "
-                "interface, which packed rows need in all: use data.pack_to=null."
+                f"Packed rows need every layer to use transformers' attention interface, but {sequences.layers} of "
+                f"{layers} attend through it: use data.pack_to=null."
             )
 
     def _keep(self, layer: int):
@@ -286,8 +283,3 @@ class Target(nn.Module):
             raise TargetError(f"The target scales its logits ({scale}), which the shared LM head does not cover.")
         if getattr(self.model.get_output_embeddings(), "bias", None) is not None:
             raise TargetError("The target's LM head has a bias, which the shared LM head does not cover.")
-
-
-def _alone(layers: int) -> AbstractContextManager[None]:
-    """A pass that concerns no other process."""
-    return nullcontext()
