@@ -24,7 +24,7 @@ from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl
-from draftopd.planning.measure import decoding_peak, step_peaks
+from benchmarks.speed.peaks import decoding_peak, step_peaks
 from draftopd.planning.memory import Decoding, by_moment, decoding, training_step
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.replay.batch import ReplayBatch

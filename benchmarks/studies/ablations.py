@@ -40,7 +40,7 @@ from benchmarks.studies.runs import (
 )  # fmt: skip
 from draftopd.cli.runs import Run, find
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.seeds import gain, tau
+from benchmarks.studies.seeds import gain, tau
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
 TABLE, KEPT = RESULTS / "ablations.csv", RESULTS / "ablations.json"

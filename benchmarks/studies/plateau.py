@@ -50,7 +50,7 @@ from benchmarks.studies.runs import (
 )  # fmt: skip
 from draftopd.cli.runs import Run, find, rows, write_csv
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.seeds import gain, tau
+from benchmarks.studies.seeds import gain, tau
 
 #: By arm: its name in a sentence, and under an axis.
 ARMS = {

@@ -27,7 +27,7 @@ from benchmarks.common import RESULTS, keep, read
 from benchmarks.studies.runs import bare, interval, markdown, percent, plain, save, side_by_side, study_parser, train
 from draftopd.cli.runs import find
 from draftopd.evaluation.plots import COLOURS
-from draftopd.evaluation.seeds import gain, tau
+from benchmarks.studies.seeds import gain, tau
 
 KEPT = RESULTS / "short_to_long.json"
 

@@ -22,7 +22,10 @@ GROUPS = {
     "rollout": "How texts and anchors are found.",
     "data": "Prompts, and the replay batches made of what was rolled out.",
     "loss": "What a step minimises.",
+    "optimizer": "How a step changes the drafter's weights.",
+    "schedule": "How the learning rate changes over the run.",
     "trainer": "Lightning's trainer: devices, precision, length of the run.",
+    "callbacks": "What Lightning's trainer calls beside the refresh of anchors.",
     "logger": "Where figures go.",
     "experiment": "Several choices at once.",
     "engine": "What decodes in an evaluation.",
@@ -36,6 +39,8 @@ USUAL = {
     "data": "reasoning",
     "rollout": "speculative",
     "loss": "sharp_kl",
+    "optimizer": "adamw",
+    "schedule": "cosine",
     "benchmark": "gsm8k",
 }
 
@@ -120,9 +125,9 @@ def read_option(path: Path, group: str) -> Option:
             option.calls = value.value
         elif key.value == "defaults":
             chosen = [_begin(entry) for entry in value.value]
-            shared = [path.parent / f"{name}.yaml" for entry in chosen if (name := entry.removesuffix(HERE)) != entry]
-            bases += [read_option(base, group) for base in shared]
-            option.begins = [entry for entry in chosen if entry and not entry.endswith(HERE)]
+            shared = [entry for entry in chosen if entry.endswith(HERE) or entry.startswith("base/")]
+            bases += [read_option(path.parent / f"{entry.removesuffix(HERE)}.yaml", group) for entry in shared]
+            option.begins = [entry for entry in chosen if entry and entry not in shared]
         else:
             option.keys += _leaves(key, value, [], package, lines, first)
     for base in reversed(bases):

@@ -20,7 +20,7 @@ from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, jensen_shannon
 from draftopd.planning import work
 from draftopd.planning.activations import linear, norm
-from draftopd.planning.measure import _peaks, decoding_peak, step_peaks
+from benchmarks.speed.peaks import _peaks, decoding_peak, step_peaks
 from draftopd.planning.memory import (
     Decoding,
     Sharing,

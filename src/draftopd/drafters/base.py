@@ -36,7 +36,7 @@ class Drafter(nn.Module, ABC):
     """Base class; see the module's text for the two settings.
 
     Args:
-        config: everything of it but its weights, of the type :attr:`config_class`.
+        config: everything of it but its weights, of the type ``config_class``.
     """
 
     #: Short name, as in ``configs/drafter/``.

@@ -148,7 +148,7 @@ class DFlashDrafter(Drafter):
     kind = "dflash"
     config_class = DFlashConfig
     config: DFlashConfig
-    #: The kernel that attends in :meth:`replay`.
+    #: The kernel that attends in ``replay``.
     attention: Kernel = "auto"
     #: See :func:`~draftopd.drafters.recompute.run_layer`.
     activation_checkpointing = False

@@ -229,7 +229,7 @@ def walking(t: TargetSize, d: DrafterSize, run: Decoding, blocks_at_once: int) -
 
 
 def by_moment(step: Phase) -> dict[str, float]:
-    """The moments of a first training step as :mod:`draftopd.planning.measure` tells them apart.
+    """The moments of a first training step as ``benchmarks/speed/peaks.py`` measures them.
 
     A first step has no gradients before its backward, whose moments count as one; the optimizer is no part of it.
     """

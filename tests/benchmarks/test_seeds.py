@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from draftopd.evaluation.seeds import Tested, gain, tau
+from benchmarks.studies.seeds import Tested, gain, tau
 
 
 def runs(means: list[float], prompts: int, spread: float, seed: int) -> list[Tested]:
