@@ -16,6 +16,7 @@ import torch
 from transformers import Qwen3Config, Qwen3ForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 from benchmarks.common import keep, parser
+from benchmarks.speed.peaks import decoding_peak, step_peaks
 from draftopd.drafters.base import Drafter
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
@@ -24,7 +25,6 @@ from draftopd.losses.base import Loss
 from draftopd.losses.cross_entropy import CrossEntropy
 from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl
-from benchmarks.speed.peaks import decoding_peak, step_peaks
 from draftopd.planning.memory import Decoding, by_moment, decoding, training_step
 from draftopd.planning.sizes import DrafterSize, Step, TargetSize
 from draftopd.replay.batch import ReplayBatch

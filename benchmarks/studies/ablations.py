@@ -38,9 +38,9 @@ from benchmarks.studies.runs import (
     study_parser,
     train,
 )  # fmt: skip
+from benchmarks.studies.seeds import gain, tau
 from draftopd.cli.runs import Run, find
 from draftopd.evaluation.plots import COLOURS
-from benchmarks.studies.seeds import gain, tau
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
 TABLE, KEPT = RESULTS / "ablations.csv", RESULTS / "ablations.json"

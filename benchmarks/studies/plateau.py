@@ -48,9 +48,9 @@ from benchmarks.studies.runs import (
     study_parser,
     train,
 )  # fmt: skip
+from benchmarks.studies.seeds import gain, tau
 from draftopd.cli.runs import Run, find, rows, write_csv
 from draftopd.evaluation.plots import COLOURS
-from benchmarks.studies.seeds import gain, tau
 
 #: By arm: its name in a sentence, and under an axis.
 ARMS = {

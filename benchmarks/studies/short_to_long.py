@@ -25,9 +25,9 @@ from matplotlib.figure import Figure
 
 from benchmarks.common import RESULTS, keep, read
 from benchmarks.studies.runs import bare, interval, markdown, percent, plain, save, side_by_side, study_parser, train
+from benchmarks.studies.seeds import gain, tau
 from draftopd.cli.runs import find
 from draftopd.evaluation.plots import COLOURS
-from benchmarks.studies.seeds import gain, tau
 
 KEPT = RESULTS / "short_to_long.json"
 

@@ -10,6 +10,7 @@ from tests.support.models import KINDS, small_model
 from torch import nn
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
+from benchmarks.speed.peaks import _peaks, decoding_peak, step_peaks
 from draftopd.drafters.dflash import DFlashDrafter
 from draftopd.drafters.eagle3 import Eagle3Drafter
 from draftopd.drafters.mtp import MTPDrafter
@@ -20,7 +21,6 @@ from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, jensen_shannon
 from draftopd.planning import work
 from draftopd.planning.activations import linear, norm
-from benchmarks.speed.peaks import _peaks, decoding_peak, step_peaks
 from draftopd.planning.memory import (
     Decoding,
     Sharing,
