@@ -87,7 +87,7 @@ def test_each_combination_gives_every_weight_a_gradient(
     for _ in range(STEPS if (drafts, stage, rule) in LEARNING else 1):
         blocks = replay(
             target, drafter, batch, sampling, frozenset({5}), loss.scope,
-            torch.Generator().manual_seed(3), verification=verification,
+            verification=verification, generator=torch.Generator().manual_seed(3),
         )  # fmt: skip
         value = loss(blocks).loss
         values.append(float(value.detach()))

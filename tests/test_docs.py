@@ -55,7 +55,7 @@ def test_the_reference_has_every_file_and_key(reference: Any) -> None:
         assert f"## `{path.parent.name}={path.stem}`" in pages
     assert "| `loss.gamma` | <code>0.8</code> | slot k of the rejected stream weighs gamma^(k-1) |" in pages
     assert "## `loss=base/" not in pages and pages.count("| `loss.normalization` | <code>token</code> |") == 12
-    assert "| `module.betas` | <code>[0.9, 0.95]</code> | AdamW's |" in pages
+    assert "| `optimizer.betas` | <code>[0.9, 0.95]</code> |" in pages
     assert "| `target.path` | <code>???</code> |" in pages
 
 

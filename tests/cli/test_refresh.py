@@ -116,7 +116,7 @@ def test_training_on_recorded_texts(train: Script, tmp_path: Path) -> None:
         (["rollout=decode_free", "trajectories=server"], "trajectories.url must be given"),
         (["rollout=decode_free", "trajectories=jsonl", "trajectories.path=nothing"], "No such file"),
         (["rollout=decode_free", "trajectories=server", "trajectories.url=http://x", "trajectories.api=grpc"], "grpc"),
-        (["rollout=decode_free", "rollout.parallel_below=-1"], "parallel_below must be 0 or more"),
+        (["rollout=decode_free", "rollout.parallel_below=-1"], "rollout.parallel_below=-1 does not fit int"),
     ],
 )
 def test_parts_that_do_not_go_together_are_refused(

@@ -421,7 +421,7 @@ class TestSampled:
         chi_square: Callable[[Tensor, Tensor], float],
         monkeypatch: pytest.MonkeyPatch,
     ) -> None:
-        """Proposals drawn from another law than the one verification divides by."""
+        """Proposals drawn from another distribution than the one verification divides by."""
         sampling = Sampling(0.7, top_k=4)
         decoder_init = Decoder.__init__
 
@@ -432,7 +432,10 @@ class TestSampled:
                 def choose(self, logits: Tensor, generator: torch.Generator | None = None) -> Tensor:
                     return Sampling(1.0).choose(logits, generator)
 
-            decoder.rules = decoder.rules._replace(draft=Mismatched(0.7, top_k=4))
+            class MismatchedRules(Rules):
+                draft_sampling = Mismatched(0.7, top_k=4)  # type: ignore[assignment]
+
+            decoder.rules = MismatchedRules(**vars(decoder.rules))
 
         monkeypatch.setattr(Decoder, "__init__", init)
         values = self.p_values(

@@ -172,7 +172,7 @@ def _compare(directory: Path, config: DictConfig) -> None:
     changed = [key for key in other if not key.startswith(("trainer.", "checkpoint.", "ranks.", "drafter."))]
     if changed:
         log.warning(
-            "This run goes on with other settings than it had: %s. What it comes to will be of both.",
+            "This run goes on with other settings than it had: %s. Its results will be those of both.",
             ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else ""),
         )  # fmt: skip
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Literal
 
 import torch
-from pydantic import PositiveInt
+from pydantic import NonNegativeInt, PositiveInt
 
 from draftopd.decoding.generate import Decoder
 from draftopd.decoding.rules import Rules
@@ -92,7 +92,9 @@ class FreshRollout(TargetRollout):
 
     anchors: AnchorSource = "step"
 
-    def __init__(self, trajectories: Trajectories, parallel_below: int = 8, blocks_at_once: int = 4096) -> None:
+    def __init__(
+        self, trajectories: Trajectories, parallel_below: NonNegativeInt = 8, blocks_at_once: PositiveInt = 4096
+    ) -> None:
         super().__init__(trajectories)
         self.parallel_below, self.blocks_at_once = parallel_below, blocks_at_once
 
@@ -116,8 +118,8 @@ class DecodeFreeRollout(FreshRollout):
         self,
         trajectories: Trajectories,
         batch_size: PositiveInt = 64,
-        parallel_below: int = 8,
-        blocks_at_once: int = 4096,
+        parallel_below: NonNegativeInt = 8,
+        blocks_at_once: PositiveInt = 4096,
     ) -> None:
         super().__init__(trajectories, parallel_below, blocks_at_once)
         self.batch_size = batch_size

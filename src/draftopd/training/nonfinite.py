@@ -65,7 +65,7 @@ class Skips:
         if self.in_a_row > self.most_in_a_row:
             raise NumericsError(
                 f"{what} at step {step}, and {self.in_a_row} steps in a row were skipped (module.max_skipped_in_a_row="
-                f"{self.most_in_a_row}). Lower module.learning_rate or the loss weights, or use "
+                f"{self.most_in_a_row}). Lower optimizer.lr or the loss weights, or use "
                 "trainer.precision=32-true, and start again; checkpoints written so far are intact. "
                 "docs/reliability.md says how to look at the batches."
             )
