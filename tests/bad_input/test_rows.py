@@ -225,7 +225,7 @@ def test_chat_templates(template: str, message: str, tokenizer: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
-        (b"{", "examples.json is damaged: it is not JSON .*Delete .*examples.jsonl to begin anew"),
+        (b"{", "examples.json is damaged: it is not JSON .*Delete .*examples.jsonl to start again"),
         (b"\xff", "examples.json is damaged: it is not JSON"),
         (b"[" * 9999, "examples.json is damaged: it is not JSON .it nests too deeply"),
         (b"[]", "has no format number and checksum"),
