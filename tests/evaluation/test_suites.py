@@ -221,4 +221,4 @@ def test_rows_of_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     (example,) = instantiate(composed("gsm8k").gsm8k).examples()
     assert example.messages[0]["content"] == "How many?" + STEPS
-    assert asked == [(("openai/gsm8k", "main"), {"split": "test"})]
+    assert asked == [(("openai/gsm8k", "main"), {"split": "test", "data_files": None})]
