@@ -151,11 +151,11 @@ def test_a_file_that_shrinks_while_it_is_read(file: Path, request_: Request) -> 
 SUITE = {
     "empty": (b"\n", "The benchmark own holds no rows: give at least one"),
     "another suite's": ({"problem": "a"}, "own, row 0 has no field 'id', only problem: is it this suite's file"),
-    "text null": ({"question": None, "id": 1}, "has a NoneType under 'question', no text"),
+    "text null": ({"question": None, "id": 1}, "has a NoneType under 'question', expected text"),
     "text a number": ({"question": 5, "id": 1}, "has a int under 'question'"),
     "text a list": ({"question": ["a"], "id": 1}, "has a list under 'question'"),
     "text half a surrogate pair": ({"question": "\ud800", "id": 1}, "under 'question'"),
-    "id a list": ({"question": "a", "id": [1]}, "has a list under 'id', no name"),
+    "id a list": ({"question": "a", "id": [1]}, "has a list under 'id', expected text"),
     "id null": ({"question": "a", "id": None}, "has a NoneType under 'id'"),
     "id missing": ({"question": "a"}, "no field 'id', only question"),
 }
@@ -188,8 +188,8 @@ def test_suites_of_several_turns(row: Any, message: str, file: Path) -> None:
         ({}, "needs a template or a turns_field, and not both"),
         ({"template": "{x}", "turns_field": ["y"]}, "and not both"),
         ({"template": "{x}", "count": 0}, "count must be 1 or more, found 0"),
-        ({"template": "{x"}, "template is none .*write fields in braces"),
-        ({"template": "}"}, "template is none"),
+        ({"template": "{x"}, "template is not valid .*write fields in braces"),
+        ({"template": "}"}, "template is not valid"),
     ],
 )
 def test_files_without_a_suite_are_refused(options: dict[str, Any], message: str, tmp_path: Path) -> None:
@@ -225,7 +225,7 @@ def test_chat_templates(template: str, message: str, tokenizer: Any, tmp_path: P
 @pytest.mark.parametrize(
     ("marker", "message"),
     [
-        (b"{", "examples.json is damaged: it is not JSON .*Delete .*examples.jsonl to begin anew"),
+        (b"{", "examples.json is damaged: it is not JSON .*Delete .*examples.jsonl to start again"),
         (b"\xff", "examples.json is damaged: it is not JSON"),
         (b"[" * 9999, "examples.json is damaged: it is not JSON .it nests too deeply"),
         (b"[]", "has no format number and checksum"),

@@ -247,7 +247,7 @@ def test_a_key_that_the_server_sends_back_is_not_shown(
     refused(lambda: act(request_, tmp_path), ServerError, r"wrong key \[key\]", tmp_path)
 
 
-COUNTED = "counts .* tokens in .* verifications, but gives"
+COUNTED = "counts .* tokens and .* verifications, but gives"
 SERVED: dict[str, tuple[str, Any, str]] = {
     "HTML": ("token_ids", HTML, "not JSON.*engine.url"),
     "a list": ("token_ids", [1], SCHEMA),

@@ -162,7 +162,7 @@ def test_stop_tokens(
 
 FILES: dict[str, tuple[Change, str]] = {
     "config nested deeply": (content("config.json", DEEP), "nests too deeply.*Copy or download"),
-    "config a number": (content("config.json", b"3"), "no JSON object: name a directory"),
+    "config a number": (content("config.json", b"3"), "not a JSON object: name a directory"),
     "config a directory": (lambda p: ((p / "config.json").unlink(), (p / "config.json").mkdir()), "has no config.json"),
     "text_config a list": (config(text_config=[1]), "does not say how large the target is"),
     "layers a text": (config(num_hidden_layers="four"), "four where a whole number belongs.*copy or download"),

@@ -89,7 +89,7 @@ def test_named_drafters_sampled_in_batches_on_prompts_of_ones_own(tmp_path: Path
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     words = " ".join(done.stdout.split())
-    assert "batch 2, temperature 1" in words and "p =" in words and "are right" not in words
+    assert "batch 2, temperature 1" in words and "p =" in words and "are correct" not in words
     content = json.loads((tmp_path / "run/results.json").read_text())
     assert [(s["benchmark"], s["drafter"], s["block_size"]) for s in content["summaries"]] == [
         ("mine", "sft", 4), ("mine", "opd", 4),

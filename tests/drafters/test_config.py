@@ -100,5 +100,5 @@ def test_a_plan_asks_the_drafter(target: Target, make_any: MakeDrafter) -> None:
     ]  # fmt: skip
     unknown = make_any("mtp", target)
     unknown.kind = "slot_heads"
-    with pytest.raises(DrafterError, match="No plan is known for drafter=slot_heads: choose from dflash, eagle3, mtp"):
+    with pytest.raises(DrafterError, match="There is no plan for drafter=slot_heads: choose from dflash, eagle3, mtp"):
         DrafterSize.of(unknown)

@@ -24,9 +24,9 @@ def test_tau_of_smaller_blocks() -> None:
     assert math.isnan(tau_of([], 4))
 
 
-@pytest.mark.parametrize("most, sizes", [(2, [2]), (4, [2, 3, 4]), (7, [2, 3, 4, 6, 7]), (16, [2, 3, 4, 6, 8, 12, 16])])
-def test_block_sizes_end_with_the_drafters_own(most: int, sizes: list[int]) -> None:
-    assert block_sizes(most) == sizes
+@pytest.mark.parametrize("own, sizes", [(2, [2]), (4, [2, 3, 4]), (7, [2, 3, 4, 6, 7]), (16, [2, 3, 4, 6, 8, 12, 16])])
+def test_block_sizes_end_with_the_drafters_own(own: int, sizes: list[int]) -> None:
+    assert block_sizes(own) == sizes
 
 
 def test_predictions() -> None:

@@ -1,4 +1,4 @@
-"""The first difference between two texts and the logit gap there; above temperature 0, whether texts have one law."""
+"""The first difference between two texts and the logit gap there; above temperature 0, equal distributions."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from draftopd.decoding import step
 from draftopd.decoding.sampling import draw
 from draftopd.decoding.verify import Verdict
 from draftopd.evaluation.benchmark import ReasoningBenchmark
-from draftopd.evaluation.lossless import CLASSES, Mismatch, compare, features, same_law
+from draftopd.evaluation.lossless import CLASSES, Mismatch, compare, features, same_distribution
 from draftopd.evaluation.results import Evaluation
 from draftopd.targets.target import Target
 
@@ -83,36 +83,36 @@ def pairs(rng: np.random.Generator, count: int = 40, shift: float = 0.0) -> list
     return found
 
 
-def test_p_values_of_one_law_are_uniform() -> None:
-    values = np.array([same_law(pairs(np.random.default_rng(seed)), seed) for seed in range(200)])
+def test_p_values_of_one_distribution_are_uniform() -> None:
+    values = np.array([same_distribution(pairs(np.random.default_rng(seed)), seed) for seed in range(200)])
     assert 0.01 <= (values < 0.05).mean() <= 0.1
     assert abs((values < 0.5).mean() - 0.5) < 0.12
 
 
-def test_p_values_of_other_laws_are_small() -> None:
-    values = [same_law(pairs(np.random.default_rng(seed), shift=0.8)) for seed in range(20)]
+def test_p_values_of_other_distributions_are_small() -> None:
+    values = [same_distribution(pairs(np.random.default_rng(seed), shift=0.8)) for seed in range(20)]
     assert np.median(values) < 0.01
-    assert max(same_law(pairs(np.random.default_rng(seed), 200, shift=0.8)) for seed in range(5)) < 1e-3
+    assert max(same_distribution(pairs(np.random.default_rng(seed), 200, shift=0.8)) for seed in range(5)) < 1e-3
 
 
-def test_a_law_of_one_sided_differences() -> None:
+def test_one_sided_differences() -> None:
     """Always apart by as much in one way: no exchange is as far apart but its mirror image."""
-    assert same_law([([0.0], [1.0])] * 30) == pytest.approx(1e-4)
-    assert same_law([([1.0], [0.0])] * 30) == pytest.approx(1e-4)
+    assert same_distribution([([0.0], [1.0])] * 30) == pytest.approx(1e-4)
+    assert same_distribution([([1.0], [0.0])] * 30) == pytest.approx(1e-4)
     # Of three pairs two in eight exchanges are.
-    assert same_law([([0.0], [1.0])] * 3) == pytest.approx(0.25, abs=0.02)
+    assert same_distribution([([0.0], [1.0])] * 3) == pytest.approx(0.25, abs=0.02)
 
 
 def test_which_is_which_does_not_matter() -> None:
     found = pairs(np.random.default_rng(3), shift=0.3)
-    assert same_law(found) == same_law([(b, a) for a, b in found])
+    assert same_distribution(found) == same_distribution([(b, a) for a, b in found])
     # Nor do a feature's units.
     scaled = [tuple([1000 * a, *rest] for a, *rest in pair) for pair in found]
-    assert same_law(found) == same_law(scaled)
+    assert same_distribution(found) == same_distribution(scaled)
 
 
 def test_texts_that_are_all_equal() -> None:
-    assert same_law([([1.0, 2.0], [1.0, 2.0])] * 5) == 1.0
+    assert same_distribution([([1.0, 2.0], [1.0, 2.0])] * 5) == 1.0
 
 
 def accepts_everything(proposals: Tensor, q: Tensor, p: Tensor, generator: torch.Generator | None = None) -> Verdict:
@@ -130,7 +130,7 @@ def test_a_decoder_of_another_law_is_caught(
 ) -> None:  # fmt: skip
     monkeypatch.setattr(step, "verify_rejection", wrong)
     result = evaluate_bundled(examples=ReasoningBenchmark(count=count).examples(), **SAMPLED)
-    assert result.law_p is not None and result.law_p < 1e-3
+    assert result.distribution_p is not None and result.distribution_p < 1e-3
     assert result.speedup is None and result.speedup_interval is None
     assert result.withheld == "not lossless: the tokens are not distributed as plain sampling's (p = 0.0001)"
 
@@ -139,5 +139,5 @@ def test_a_decoder_of_another_law_is_caught(
 @pytest.mark.parametrize("verification", ["rejection_sampling", "target_only"])
 def test_a_decoder_of_the_targets_law_is_not(verification: str, evaluate_bundled: Callable[..., Evaluation]) -> None:
     result = evaluate_bundled(limit=96, verification=verification, **SAMPLED)
-    assert result.law_p is not None and result.law_p > 1e-3
+    assert result.distribution_p is not None and result.distribution_p > 1e-3
     assert result.withheld is None and result.speedup is not None

@@ -83,7 +83,7 @@ def test_printed(two: Report) -> None:
     for words in ("bundled:tiny_target: batch 16", "temperature 0", "256 tokens", "3.50 [3.50, 3.50]", "6 of 6 equal"):
         assert words in text
     assert "…" not in text and max(map(len, text.splitlines())) <= 80
-    assert "100.0% of the answers are right" in text and text.count("are right") == 2
+    assert "100.0% of the answers are correct" in text and text.count("are correct") == 2
 
 
 def test_differences_are_of_neighbours_on_the_same_examples(two: Report, make_result: Make) -> None:
@@ -91,15 +91,15 @@ def test_differences_are_of_neighbours_on_the_same_examples(two: Report, make_re
         f"{name}: {line}"
         for name in ("maths", "code")
         for line in (
-            "tau of opd is 1.000 higher than of sft: resolved, 95 % interval +1.000 to +1.000.",
-            "speedup of opd is 3.000 higher than of sft: resolved, 95 % interval +3.000 to +3.000.",
+            "tau of opd is 1.000 higher than that of sft: resolved, 95 % interval +1.000 to +1.000.",
+            "speedup of opd is 3.000 higher than that of sft: resolved, 95 % interval +3.000 to +3.000.",
         )
     ]
     worse = Evaluation("maths", 4, Settings(), [make_result(i) for i in range(6)], "third")
     first = two.of("maths")
     assert [" of ".join(line.split(" of ")[:3]) for line in report(*first, worse).differences()[2:]] == [
-        "maths: tau of third is 1.000 lower than of opd: resolved, 95 % interval -1.000 to -1.000.",
-        "maths: speedup of third is 3.000 lower than of opd: resolved, 95 % interval -3.000 to -3.000.",
+        "maths: tau of third is 1.000 lower than that of opd: resolved, 95 % interval -1.000 to -1.000.",
+        "maths: speedup of third is 3.000 lower than that of opd: resolved, 95 % interval -3.000 to -3.000.",
     ]
     assert report(worse).differences() == []
 
@@ -108,7 +108,7 @@ def test_no_speedup_is_compared_with_one_that_is_withheld(make_result: Make) -> 
     right = Evaluation("x", 4, Settings(), [make_result(0), make_result(1)], "a")
     wrong = Evaluation("x", 4, Settings(), [make_result(0), make_result(1, mismatch=WRONG)], "b")
     (line,) = report(right, wrong).differences()
-    assert "tau of b and of a are not told apart: difference +0.000" in line
+    assert "tau of b and of a are not resolved: difference +0.000" in line
 
 
 def test_not_lossless_gives_no_speedup(make_result: Make) -> None:
@@ -161,16 +161,16 @@ def test_above_temperature_0(make_result: Make) -> None:
     assert verdict(one) == "not tested" and one.speedup == 3.0 and "temperature 0.7" in shown(report(one))
     alike = [make_result(i, plain_features=[float(i % 3)], features=[float((i + 1) % 3)]) for i in range(30)]
     same = Evaluation("x", 4, hot, alike)
-    assert same.law_p is not None and same.law_p > 0.05
-    assert verdict(same) == f"same law, p = {same.law_p:.2g}" and same.speedup == 3.0
+    assert same.distribution_p is not None and same.distribution_p > 0.05
+    assert verdict(same) == f"same distribution, p = {same.distribution_p:.2g}" and same.speedup == 3.0
     apart = Evaluation("x", 4, hot, [make_result(i, plain_features=[0.0], features=[1.0]) for i in range(30)])
-    assert verdict(apart) == "other law, p = 0.0001" and apart.speedup is None
+    assert verdict(apart) == "other distribution, p = 0.0001" and apart.speedup is None
     assert "not distributed as plain sampling's (p = 0.0001)" in " ".join(shown(report(apart)).split())
     assert summary(apart)["law_p"] == pytest.approx(1e-4) and summary(one)["law_p"] is None
 
 
 def test_answers_are_left_out_where_none_are_known(make_result: Make) -> None:
-    assert "are right" not in shown(report(Evaluation("x", 4, Settings(), [make_result(solved=None)])))
+    assert "are correct" not in shown(report(Evaluation("x", 4, Settings(), [make_result(solved=None)])))
 
 
 def expectations() -> Expected:
@@ -186,7 +186,7 @@ def test_expected_beside_measured(two: Report) -> None:
         "3.00x on maths, 3.00x on code." in lines
     )
     assert (
-        "sft: block size 4 is expected to be fastest here (1.50x); where reading weights is all that a step costs, 4 "
+        "sft: block size 4 is expected to be fastest here (1.50x); if a step costs only the reading of weights, 4 "
         "(1.92x)." in lines
     )
 

@@ -16,8 +16,17 @@ from tests.support.serving import serving
 from draftopd.decoding.rules import Rules
 from draftopd.decoding.sampling import Sampling
 from draftopd.errors import ConfigError, ServerError
-from draftopd.evaluation.served import Answered, Asking, Served, ServerEngine, _Measured
-from draftopd.evaluation.served_report import HEADINGS, print_served, rows, write_served
+from draftopd.evaluation.served import (
+    HEADINGS,
+    Answered,
+    Asking,
+    Served,
+    ServerEngine,
+    _Measured,
+    print_served,
+    rows,
+    write_served,
+)
 from draftopd.io import connection
 
 PROMPTS = [[10 + i, 5, 7] for i in range(8)]

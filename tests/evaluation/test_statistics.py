@@ -1,4 +1,4 @@
-"""Intervals: against slow resampling, the normal law, and their promise to hold the truth."""
+"""Intervals: against slow resampling, the normal distribution, and their promise to hold the truth."""
 
 from __future__ import annotations
 
@@ -165,17 +165,17 @@ def test_one_example_has_no_interval() -> None:
     assert found.value == pytest.approx(2 / 3) and math.isnan(found.low) and not found.excludes_zero
     assert (
         sentence("tau", "opd", "sft", found)
-        == "tau of opd less that of sft: +0.667, of too few examples for an interval."
+        == "tau of opd minus that of sft: +0.667, from too few examples for an interval."
     )
 
 
 def test_sentences() -> None:
     assert sentence("tau", "opd", "sft", Interval(0.25, 0.1, 0.4)) == (
-        "tau of opd is 0.250 higher than of sft: resolved, 95 % interval +0.100 to +0.400."
+        "tau of opd is 0.250 higher than that of sft: resolved, 95 % interval +0.100 to +0.400."
     )
     assert sentence("tau", "opd", "sft", Interval(-0.25, -0.4, -0.1)) == (
-        "tau of opd is 0.250 lower than of sft: resolved, 95 % interval -0.400 to -0.100."
+        "tau of opd is 0.250 lower than that of sft: resolved, 95 % interval -0.400 to -0.100."
     )
     assert sentence("speedup", "opd", "sft", Interval(0.02, -0.1, 0.14)) == (
-        "speedup of opd and of sft are not told apart: difference +0.020, 95 % interval -0.100 to +0.140."
+        "speedup of opd and of sft are not resolved: difference +0.020, 95 % interval -0.100 to +0.140."
     )

@@ -154,7 +154,7 @@ def test_examples_of_nobody_knows_what(content: str | None, tmp_path: Path, exam
     else:
         (tmp_path / "examples.json").write_text(content)
     before = store.path.read_bytes()
-    with pytest.raises(FileError, match="examples.json.*Delete .*examples.jsonl to begin anew"):
+    with pytest.raises(FileError, match="examples.json.*Delete .*examples.jsonl to start again"):
         ResultStore(tmp_path, IDENTITY)
     assert store.path.read_bytes() == before
 

@@ -38,10 +38,10 @@ def test_other_drafters_and_texts_without_decoding(drafter: str, capsys: pytest.
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        (["plan.gpu=H1000"], "plan.gpu=H1000 is none of H100"),
+        (["plan.gpu=H1000"], "plan.gpu=H1000 is not one of H100"),
         (["plan.tflop=5"], "did you mean 'tflops'"),
         (["+plan.utilisation=2"], "plan.utilisation=2 does not fit"),
-        (["target=hf", "target.path=/no/such/place"], "config.json alone"),
+        (["target=hf", "target.path=/no/such/place"], "only its config.json"),
         (["drafter.checkpoint=null", "drafter.target_layer_ids=[99]"], "reads target layers [99]"),
         (["trainer=ddp", "trainer.devices=0"], "trainer.devices=N"),
         (["trainer.precision=64-true"], "trainer.precision=64-true is not planned for"),

@@ -28,8 +28,7 @@ from draftopd.evaluation.page import write_page
 from draftopd.evaluation.report import Expected, Report, print_report, write_json, write_tables
 from draftopd.evaluation.results import Evaluation
 from draftopd.evaluation.runner import evaluate
-from draftopd.evaluation.served import Asking, Served, ServerEngine
-from draftopd.evaluation.served_report import print_served, write_served
+from draftopd.evaluation.served import Asking, Served, ServerEngine, print_served, write_served
 from draftopd.evaluation.settings import Settings
 from draftopd.evaluation.store import ResultStore
 from draftopd.evaluation.tensorboard import write_tensorboard

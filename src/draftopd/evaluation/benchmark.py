@@ -13,10 +13,9 @@ from draftopd.errors import PromptError
 
 @dataclass(frozen=True)
 class Example:
-    """One conversation up to the target's answer, and what the user says after it.
+    """One conversation: ``messages`` come before the target's first answer, ``follow_ups`` are the user's later turns.
 
-    ``messages`` open it; each of ``follow_ups`` is another user's turn, asked once the one before is answered.
-    ``answer`` is the right number where the benchmark knows it.
+    ``answer`` is the correct number if the benchmark knows it.
     """
 
     id: str
@@ -25,7 +24,7 @@ class Example:
     follow_ups: tuple[str, ...] = ()
 
     def solved(self, response: str) -> bool | None:
-        """Whether the response ends in the right answer; None where none is known."""
+        """Whether the response ends in the correct answer; None if the answer is not known."""
         return None if self.answer is None else read_answer(response) == self.answer
 
 
@@ -35,11 +34,11 @@ class Benchmark(Protocol):
     name: str
 
     def examples(self, limit: int | None = None) -> list[Example]:
-        """The first ``limit`` examples, or as many as are usual."""
+        """The first ``limit`` examples; None: the benchmark's default number."""
 
 
 class ReasoningBenchmark:
-    """Held-out problems of the bundled corpus: no training problem has their kinds of step and numbers.
+    """Held-out problems of the bundled corpus: no training problem has the same steps and numbers.
 
     Raises:
         PromptError: if ``count`` is less than 1.

@@ -1,8 +1,8 @@
-"""What a draft step and a verification cost beside one plain step, and the speedup that follows.
+"""Costs of a draft step and a verification in units of a plain step, and the speedup expected from them.
 
-A block of ``B`` yields ``tau(B)`` tokens for one draft step and one verification of ``B`` tokens. In units of a plain
-step, ``speedup(B) = tau(B) / (draft(B) + verify(B))``. Smaller blocks' tau is read off the accepted lengths: a block
-cut to ``B`` accepts ``min(n, B - 1)``.
+A block of ``B`` tokens costs one draft step and one verification, and yields ``tau(B)`` tokens:
+``speedup(B) = tau(B) / (draft(B) + verify(B))``. The tau of smaller blocks follows from the accepted lengths ``n``: a
+block cut to ``B`` accepts ``min(n, B - 1)``.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ import torch
 from draftopd.drafters.base import Drafter
 from draftopd.targets.target import Target
 
-#: Steps timed of each kind; the median counts.
+#: Timed repetitions of each kind of step; their median is used.
 STEPS = 15
 
 
 @dataclass(frozen=True)
 class Costs:
-    """Seconds of a plain step, and by block size of a draft step and of a verification."""
+    """Seconds of a plain step, and of a draft step and a verification by block size."""
 
     plain: float
     draft: dict[int, float]
@@ -32,7 +32,7 @@ class Costs:
 
 @dataclass(frozen=True)
 class Prediction:
-    """Expected figures of one block size; costs in units of a plain step."""
+    """Expected tau and costs (in units of a plain step) of one block size."""
 
     block_size: int
     tau: float
@@ -44,29 +44,26 @@ class Prediction:
         return self.tau / (self.draft + self.verify)
 
 
-def block_sizes(most: int) -> list[int]:
-    """Block sizes worth a look, up to the drafter's own."""
-    return sorted({size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32) if size < most} | {most})
+def block_sizes(largest: int) -> list[int]:
+    """Block sizes to compare, up to the drafter's own."""
+    return sorted({size for size in (2, 3, 4, 6, 8, 12, 16, 24, 32) if size < largest} | {largest})
 
 
 @torch.no_grad()
 def measure(target: Target, drafter: Drafter, context: int, batch_size: int = 1) -> Costs:
-    """Time the steps at a context of so many tokens.
+    """Time all kinds of step after ``context`` tokens.
 
-    Every kind of step is timed once a round, so that a slow moment falls on all of them.
+    Each round times every kind once, so that a slow moment affects all of them.
     """
-    sizes = block_sizes(drafter.block_size)
-    context = max(2, min(context, target.max_positions - drafter.block_size))
-    ids = torch.arange(context, device=target.device).expand(batch_size, -1) % target.vocab_size
-    anchors = torch.full((batch_size,), context - 1, device=target.device)
-    every = torch.arange(context, device=target.device).expand(batch_size, -1)
     head, original = drafter.head(target), drafter.block_size
+    sizes = block_sizes(original)
+    context = max(2, min(context, target.max_positions - original))
+    recorded = torch.arange(context, device=target.device).expand(batch_size, -1)
+    ids = recorded % target.vocab_size
+    anchors = torch.full((batch_size,), context - 1, device=target.device)
     target.tap(drafter.target_layer_ids)
-    capacity = context + original
-    cache = target.new_cache(capacity)
-    reading = target.read(ids, cache)
-    state = drafter.start(capacity)
-    drafter.observe(target, state, reading.features, ids, every)
+    cache, state = target.new_cache(context + original), drafter.start(context + original)
+    drafter.observe(target, state, target.read(ids, cache).features, ids, recorded)
 
     def step(taps: tuple[int, ...], size: int) -> Callable[[], object]:
         tokens = ids[:, :1].expand(-1, size)
@@ -95,7 +92,7 @@ def measure(target: Target, drafter: Drafter, context: int, batch_size: int = 1)
             for kind, run in kinds.items():
                 began = time.perf_counter()
                 run()
-                if round_:  # the first warms up
+                if round_:  # the first round is a warm-up
                     seconds[kind].append(time.perf_counter() - began)
     finally:
         drafter.block_size = original
@@ -108,12 +105,12 @@ def measure(target: Target, drafter: Drafter, context: int, batch_size: int = 1)
 
 
 def tau_of(accepted: Sequence[int], block_size: int) -> float:
-    """Tau of blocks cut to this size, from accepted lengths of larger ones."""
+    """Tau of blocks cut to this size, from the accepted lengths of larger ones; NaN if there are none."""
     return 1 + sum(min(n, block_size - 1) for n in accepted) / len(accepted) if accepted else float("nan")
 
 
 def predict(costs: Costs, accepted: Sequence[int]) -> list[Prediction]:
-    """By block size, with the costs measured here."""
+    """Predictions by block size, from the costs measured here."""
     return [
         Prediction(size, tau_of(accepted, size), costs.draft[size] / costs.plain, costs.verify[size] / costs.plain)
         for size in costs.draft
@@ -121,16 +118,17 @@ def predict(costs: Costs, accepted: Sequence[int]) -> list[Prediction]:
 
 
 def predict_bandwidth(target: Target, drafter: Drafter, accepted: Sequence[int]) -> list[Prediction]:
-    """By block size, where reading weights is all that a step costs: one sequence on a large GPU.
+    """Predictions by block size if a step costs only the reading of weights: one sequence on a large GPU.
 
-    A verification then costs a plain step. A draft step reads the drafter and the LM head, once a block or, where the
-    drafter is autoregressive, once a proposal. Empty for a mixture of experts, whose verification reads more of them.
+    A verification then costs one plain step. A draft step reads the drafter and the LM head once per block, or once
+    per proposal if the drafter is autoregressive. Empty for a mixture of experts, whose verification reads more experts
+    than a plain step.
     """
     if any(getattr(target.config, name, None) for name in ("num_experts", "num_local_experts")):
         return []
     embedding = target.model.get_input_embeddings().weight
     head = drafter.head(target).weight
-    # Of the embedding a step reads one row, unless it is the LM head too.
+    # A step reads one row of the embedding, unless the LM head is tied to it.
     read = (p for p in target.model.parameters() if p is not embedding or p is target.head.weight)
     whole = sum(p.numel() for p in read)
     own = sum(p.numel() for p in drafter.parameters() if p.requires_grad and p is not head)
@@ -142,5 +140,5 @@ def predict_bandwidth(target: Target, drafter: Drafter, accepted: Sequence[int])
 
 
 def best(predictions: Sequence[Prediction]) -> Prediction:
-    """The block size with the largest expected speedup."""
+    """The prediction with the largest expected speedup."""
     return max(predictions, key=lambda p: p.speedup)

@@ -1,4 +1,4 @@
-"""Whether speculative decoding gave the target's own text, or at least texts of the target's own law."""
+"""Whether speculative decoding gave plain decoding's text or, above temperature 0, texts of the same distribution."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from draftopd.targets.target import Target
 #: Resamples of the permutation test.
 FLIPS = 9_999
 
-#: Classes of token ids that are counted.
+#: Classes of token ids (modulo this) whose frequencies are compared.
 CLASSES = 16
 
 
@@ -22,8 +22,8 @@ CLASSES = 16
 class Mismatch:
     """Where a text first differs from plain decoding.
 
-    ``logit_gap`` is how far the target's logit of the plain token stands above that of the other; about
-    0 means a tie that rounding decided. None where one text merely ends earlier.
+    ``logit_gap`` is the target's logit of the plain token minus that of the other; about 0 means a tie that rounding
+    decided. It is None if one text ends earlier.
     """
 
     position: int
@@ -32,12 +32,12 @@ class Mismatch:
     logit_gap: float | None
 
     def tied(self, tolerance: float) -> bool:
-        """Whether the gap is no larger than this."""
+        """Whether the gap is at most ``tolerance``."""
         return self.logit_gap is not None and abs(self.logit_gap) <= tolerance
 
 
 def compare(target: Target, prompt: Sequence[int], plain: Sequence[int], speculative: Sequence[int]) -> Mismatch | None:
-    """The first difference between two responses to a prompt, or None where they are equal.
+    """The first difference between two responses to a prompt, or None if they are equal.
 
     ``position`` counts response tokens from 0.
     """
@@ -58,10 +58,10 @@ def compare(target: Target, prompt: Sequence[int], plain: Sequence[int], specula
 
 
 def features(response: Sequence[int], log_probs: Tensor, entropies: Tensor) -> list[float]:
-    """Figures of a text whose law is to be compared.
+    """Features of a text by which distributions are compared.
 
-    Its length; the mean log-probability and entropy ``[n]`` that the target has for its tokens, and the first
-    token's; the share of distinct tokens; the share of each of :data:`CLASSES` classes of token ids.
+    They are the length, the means of the target's ``log_probs`` and ``entropies`` (``[n]`` each), the first token's
+    log-probability, the fraction of distinct tokens, and the frequency of each of :data:`CLASSES` classes of token ids.
     """
     classes = np.bincount(np.asarray(response) % CLASSES, minlength=CLASSES) / len(response)
     return [
@@ -70,14 +70,14 @@ def features(response: Sequence[int], log_probs: Tensor, entropies: Tensor) -> l
     ]  # fmt: skip
 
 
-def same_law(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> float:
-    """How likely two ways of drawing texts have one law: a two-sample permutation test.
+def same_distribution(pairs: Sequence[tuple[Sequence[float], Sequence[float]]], seed: int = 0) -> float:
+    """p-value of a two-sample permutation test that two decoders draw texts from the same distribution.
 
-    If both draw from the target, each prompt's two texts may change places. The statistic is the largest of the
-    features' standardised sums of differences, compared with its values under random exchanges.
+    If they do, the two texts of each prompt can be exchanged. The statistic is the largest of the features'
+    standardised sums of differences, compared with its values under random exchanges.
 
     Args:
-        pairs: both texts' features, a prompt each.
+        pairs: both texts' features, one pair per prompt.
     """
     apart = np.array([np.subtract(a, b) for a, b in pairs])
     scale = np.sqrt((apart**2).sum(0))

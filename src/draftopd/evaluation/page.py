@@ -1,4 +1,4 @@
-"""An evaluation as one HTML file that needs nothing beside it."""
+"""An evaluation as one self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -27,18 +27,15 @@ details { margin: 0.6rem 0; } summary { cursor: pointer; }
 def write_page(report: Report, path: Path) -> None:
     """Write the report."""
     settings = report.results[0].settings
-    head = (
-        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Evaluation of {html.escape(report.target)}"
-        f"</title><style>{STYLE}{DRAFT_STYLE}</style></head><body>"
-    )
     parts = [
-        head,
+        f"<!doctype html><html lang='en'><head><meta charset='utf-8'><title>Evaluation of {html.escape(report.target)}"
+        f"</title><style>{STYLE}{DRAFT_STYLE}</style></head><body>",
         f"<h1>Speculative decoding of {html.escape(report.target)}</h1>",
         f"<p>Batch {settings.batch_size}, temperature {settings.temperature:g}, at most {settings.max_new_tokens} new "
-        f"tokens, {'thinking' if settings.thinking else 'non-thinking'} template. Tau: tokens a verification yields "
+        f"tokens, {'thinking' if settings.thinking else 'non-thinking'} template. Tau: tokens per verification "
         "(micro: all tokens by all verifications; macro: mean over prompts). Speedup: median over batches of the "
-        "paired ratio to plain decoding by the same engine. Brackets: 95 % bootstrap intervals over examples, of the "
-        "speedup over batches.</p>",
+        "paired ratio to plain decoding by the same engine. Brackets: 95 % bootstrap intervals over examples, for "
+        "the speedup over batches.</p>",
         _table(report),
         "<ul>" + "".join(f"<li>{html.escape(line)}</li>" for line in notes(report)) + "</ul>",
         "<h2>By benchmark</h2>",
@@ -49,9 +46,9 @@ def write_page(report: Report, path: Path) -> None:
     if report.expected:
         parts += [
             "<h2>Expected speedup</h2>",
-            "<p>tau(B) / (cost of a draft step + cost of a verification), in plain steps. Tau of smaller blocks is "
-            "read off the accepted lengths. Dotted: where reading weights is all that a step costs, as for one "
-            "sequence on a large GPU.</p>",
+            "<p>tau(B) / (cost of a draft step + cost of a verification), in plain steps. The tau of smaller "
+            "blocks follows from the accepted lengths. Dotted: expected if a step costs only the reading of weights, "
+            "as for one sequence on a large GPU.</p>",
             svg(plots.speedups(report)),
         ]
     parts += ["<h2>Drafts</h2>", LEGEND, *_drafts(report), "</body></html>"]
@@ -60,11 +57,10 @@ def write_page(report: Report, path: Path) -> None:
 
 
 def svg(figure: Figure) -> str:
-    """The figure as an element of a page."""
+    """The figure as an SVG element."""
     text = io.StringIO()
     figure.savefig(text, format="svg", metadata={"Date": None})
-    whole = text.getvalue()
-    return whole[whole.index("<svg") :]
+    return "<svg" + text.getvalue().partition("<svg")[2]
 
 
 def _table(report: Report) -> str:

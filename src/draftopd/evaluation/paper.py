@@ -11,7 +11,7 @@ from draftopd.errors import FileError
 
 
 class PaperRow(NamedTuple):
-    """One model and drafter: mean speedup and tau."""
+    """Mean speedup and tau of one model and drafter."""
 
     model: str
     drafter: str
@@ -28,12 +28,12 @@ PAPER = (
     PaperRow("Qwen3-8B", "Draft-OPD", 4.89, 5.73),
 )
 
-#: What a drafter's name must hold to stand in the paper's row.
+#: Text in a drafter's name that puts it into the paper's row.
 MARKS = {"Draft-OPD": "opd", "EAGLE-3": "eagle", "DFlash": "dflash"}
 
 
 class OwnRow(NamedTuple):
-    """A run's means; no speedup where one benchmark has none."""
+    """A run's means; no speedup if one benchmark has none."""
 
     target: str
     drafter: str
@@ -47,16 +47,15 @@ def read(results: Path) -> list[OwnRow]:
     """The run's means from its ``results.json``.
 
     Raises:
-        FileError: if the file is not one.
+        FileError: if the file cannot be read or is not one.
     """
     try:
-        return own_rows(json.loads(results.read_text(encoding="utf-8")))
+        return _own_rows(json.loads(results.read_text(encoding="utf-8")))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise FileError(f"{results} is not the results.json of an evaluation ({error}).") from error
 
 
-def own_rows(content: dict[str, Any]) -> list[OwnRow]:
-    """The run's means from the content of a ``results.json``."""
+def _own_rows(content: dict[str, Any]) -> list[OwnRow]:
     found: dict[str, list[dict[str, Any]]] = {}
     for summary in content["summaries"]:
         found.setdefault(summary["drafter"], []).append(summary)
@@ -64,34 +63,26 @@ def own_rows(content: dict[str, Any]) -> list[OwnRow]:
     for drafter, summaries in found.items():
         speedups = [s["speedup"] for s in summaries]
         mean = None if None in speedups else sum(speedups) / len(speedups)
-        taus = [s["tau_macro"] for s in summaries]
-        rows.append(
-            OwnRow(
-                content["target"],
-                drafter,
-                mean,
-                sum(taus) / len(taus),
-                tuple(s["benchmark"] for s in summaries),
-                summaries[0]["temperature"],
-            )
-        )
+        tau = sum(s["tau_macro"] for s in summaries) / len(summaries)
+        benchmarks = tuple(s["benchmark"] for s in summaries)
+        rows.append(OwnRow(content["target"], drafter, mean, tau, benchmarks, summaries[0]["temperature"]))
     return rows
 
 
 def table(own: Sequence[OwnRow]) -> str:
-    """A Markdown table."""
+    """A Markdown table of the paper's rows with this run's beside them; runs without a row in the paper follow."""
     lines = [
         "| model | drafter | paper: speedup | paper: tau | this run: speedup | this run: tau |",
         "|---|---|---|---|---|---|",
     ]
-    placed = set()
+    matched = set()
     for row in PAPER:
-        mine = next((o for o in own if _stands_in(o, row)), None)
-        placed.add(mine)
+        mine = next((o for o in own if _belongs_to(o, row)), None)
+        matched.add(mine)
         cells = ("", "") if mine is None else (_speedup(mine), f"{mine.tau:.2f}")
         lines.append(f"| {row.model} | {row.drafter} | {row.speedup:.2f}x | {row.tau:.2f} | {cells[0]} | {cells[1]} |")
     for mine in own:
-        if mine not in placed:
+        if mine not in matched:
             lines.append(f"| {mine.target} | {mine.drafter} | | | {_speedup(mine)} | {mine.tau:.2f} |")
     if own:
         covered = ", ".join(own[0].benchmarks)
@@ -99,7 +90,7 @@ def table(own: Sequence[OwnRow]) -> str:
     return "\n".join(lines)
 
 
-def _stands_in(own: OwnRow, row: PaperRow) -> bool:
+def _belongs_to(own: OwnRow, row: PaperRow) -> bool:
     kind = next((kind for kind, mark in MARKS.items() if mark in own.drafter.lower()), None)
     return Path(own.target).name.lower() == row.model.lower() and kind == row.drafter and own.temperature == 0
 

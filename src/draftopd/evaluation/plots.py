@@ -1,4 +1,4 @@
-"""An evaluation's figures. Drafters keep their colour in all of them."""
+"""An evaluation's figures. Each drafter has the same colour in all of them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from draftopd.evaluation.results import LENGTH_BIN, Evaluation
 from draftopd.evaluation.statistics import Interval
 from draftopd.metrics.entropy_acceptance import EDGES
 
-#: Told apart by readers who see colours differently (Okabe and Ito).
+#: Distinguishable with colour-blindness (Okabe and Ito).
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 
-#: A rate of fewer slots is not drawn.
-LEAST = 10
+#: Rates of fewer slots are not drawn.
+MIN_SLOTS = 10
 
 
 def overview(report: Report) -> Figure:
@@ -30,9 +30,7 @@ def overview(report: Report) -> Figure:
     _bars(left, report, "tau", lambda r: r.tau_interval)
     _bars(right, report, "speedup over plain decoding", lambda r: r.speedup_interval)
     right.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    if len(report.drafters) > 1:
-        handles, labels = left.get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    _legend(figure, left)
     return figure
 
 
@@ -44,14 +42,12 @@ def details(report: Report, benchmark: str) -> Figure:
     for panel, draw in zip(axes.flat, (_positions, _rejections, _length, _entropy), strict=True):
         draw(panel, results)
         panel.spines[["top", "right"]].set_visible(False)
-    if len(results) > 1:
-        handles, labels = axes[0, 0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+    _legend(figure, axes[0, 0])
     return figure
 
 
 def speedups(report: Report) -> Figure:
-    """Expected speedup by block size, with the costs measured here and where bandwidth is all that counts."""
+    """Expected speedup by block size, from the costs measured here and if bandwidth is the only cost."""
     figure = Figure(figsize=(7, 3.2), layout="constrained")
     panel = figure.subplots()
     names = dict.fromkeys([*report.drafters, *(e.drafter for e in report.expected)])
@@ -77,21 +73,28 @@ def speedups(report: Report) -> Figure:
     return figure
 
 
+def _legend(figure: Figure, panel: Axes) -> None:
+    """The drafters' colours below the panels, if there are several drafters."""
+    handles, labels = panel.get_legend_handles_labels()
+    if len(labels) > 1:
+        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(labels)), frameon=False)
+
+
 def _bars(panel: Axes, report: Report, what: str, figure_of: Callable[[Evaluation], Interval | None]) -> None:
     width = 0.8 / len(report.drafters)
     for number, (drafter, colour) in enumerate(zip(report.drafters, COLOURS * 9, strict=False)):
         found = {r.benchmark: figure_of(r) for r in report.results if r.drafter == drafter}
-        known = [(place, i) for place, name in enumerate(report.benchmarks) if (i := found.get(name)) is not None]
-        x = [place + (number - (len(report.drafters) - 1) / 2) * width for place, _ in known]
+        known = [(index, i) for index, name in enumerate(report.benchmarks) if (i := found.get(name)) is not None]
+        x = [index + (number - (len(report.drafters) - 1) / 2) * width for index, _ in known]
         heights = [i.value for _, i in known]
         errors = [[i.value - i.low for _, i in known], [i.high - i.value for _, i in known]]
         panel.bar(x, heights, 0.92 * width, color=colour, label=drafter)
         panel.errorbar(x, heights, errors, fmt="none", ecolor="black", capsize=3, linewidth=1)
-        for place, height, (_, interval) in zip(x, heights, known, strict=True):
+        for middle, height, (_, interval) in zip(x, heights, known, strict=True):
             if not math.isnan(height):
                 top = height if math.isnan(interval.high) else interval.high
                 panel.annotate(
-                    f"{height:.2f}", (place, top), textcoords="offset points", xytext=(0, 3), ha="center",
+                    f"{height:.2f}", (middle, top), textcoords="offset points", xytext=(0, 3), ha="center",
                     fontsize="small",
                 )  # fmt: skip
     panel.set_xticks(range(len(report.benchmarks)), report.benchmarks)
@@ -103,9 +106,9 @@ def _bars(panel: Axes, report: Report, what: str, figure_of: Callable[[Evaluatio
 def _positions(panel: Axes, results: Sequence[Evaluation]) -> None:
     for result, colour in zip(results, COLOURS * 9, strict=False):
         counts = result.rejection_positions()
-        tested = [sum(counts[place:]) for place in range(len(counts) - 1)]
+        tested = [sum(counts[slot:]) for slot in range(len(counts) - 1)]
         pairs = zip(result.acceptance_by_position(), tested, strict=True)
-        rates = [rate if count >= LEAST else math.nan for rate, count in pairs]
+        rates = [rate if count >= MIN_SLOTS else math.nan for rate, count in pairs]
         panel.plot(range(1, len(rates) + 1), rates, marker="o", color=colour, label=result.drafter)
     panel.set(xlabel="position in the block", ylabel="accepted, of those tested", ylim=(0, 1.02))
     panel.xaxis.set_major_locator(matplotlib.ticker.MaxNLocator(integer=True))
@@ -113,16 +116,15 @@ def _positions(panel: Axes, results: Sequence[Evaluation]) -> None:
 
 def _rejections(panel: Axes, results: Sequence[Evaluation]) -> None:
     width = 0.8 / len(results)
-    most = max(r.block_size for r in results)
+    last = max(r.block_size for r in results)
     for number, (result, colour) in enumerate(zip(results, COLOURS * 9, strict=False)):
         counts = result.rejection_positions()
         total = sum(counts) or 1
-        # The last count is of blocks without a rejection: they stand apart, at the right of all.
-        x = [*range(1, len(counts)), most]
-        places = [place + (number - (len(results) - 1) / 2) * width for place in x]
-        panel.bar(places, [c / total for c in counts], 0.92 * width, color=colour)
-    panel.set_xticks(range(1, most + 1), [*map(str, range(1, most)), "none"])
-    panel.set(xlabel="position of the first rejection", ylabel="share of blocks")
+        # The last count is of blocks without a rejection, which all drafters have at the right end.
+        x = [slot + (number - (len(results) - 1) / 2) * width for slot in [*range(1, len(counts)), last]]
+        panel.bar(x, [c / total for c in counts], 0.92 * width, color=colour)
+    panel.set_xticks(range(1, last + 1), [*map(str, range(1, last)), "none"])
+    panel.set(xlabel="position of the first rejection", ylabel="fraction of blocks")
 
 
 def _length(panel: Axes, results: Sequence[Evaluation]) -> None:
@@ -139,7 +141,7 @@ def _length(panel: Axes, results: Sequence[Evaluation]) -> None:
 
 def _entropy(panel: Axes, results: Sequence[Evaluation]) -> None:
     for result, colour in zip(results, COLOURS * 9, strict=False):
-        bins = [found for found in result.acceptance_by_entropy() if found[2] >= LEAST]
+        bins = [found for found in result.acceptance_by_entropy() if found[2] >= MIN_SLOTS]
         panel.plot([EDGES.index(edge) for edge, _, _ in bins], [rate for _, rate, _ in bins], marker="o", color=colour)
     panel.set_xticks(range(len(EDGES)), [f"{edge:g}" for edge in EDGES])
     panel.set(xlabel="entropy of the target from (nats)", ylabel="accepted, of those tested", ylim=(0, 1.02))

@@ -1,8 +1,9 @@
-"""An evaluation as one table, printed, in Markdown and LaTeX, and as JSON."""
+"""An evaluation as one table (printed, in Markdown and in LaTeX), and as JSON."""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -14,21 +15,21 @@ from rich.table import Table
 from draftopd.evaluation.cost import Prediction, best
 from draftopd.evaluation.lossless import Mismatch
 from draftopd.evaluation.results import Evaluation
-from draftopd.evaluation.statistics import Interval, difference, groups_of, sentence
+from draftopd.evaluation.statistics import Interval, difference, sentence
 from draftopd.evaluation.store import finite
 from draftopd.io import files
 from draftopd.io.files import replaced
 
-#: Of ``results.json``.
+#: Format version of ``results.json``.
 FORMAT = 1
 
-#: Mismatches named on the terminal; the JSON file has all.
+#: Mismatches listed per result; the JSON file has all.
 MISMATCHES_SHOWN = 5
 
 
 @dataclass(frozen=True)
 class Expected:
-    """Speedups expected of a drafter by block size: with the costs measured here, and where bandwidth is all."""
+    """A drafter's expected speedups by block size: from the costs measured here, and if bandwidth is the only cost."""
 
     drafter: str
     here: list[Prediction]
@@ -37,9 +38,9 @@ class Expected:
 
 @dataclass(frozen=True)
 class Report:
-    """Everything that one command found.
+    """All results of one command.
 
-    ``results`` by benchmark, then by drafter, in the order they were asked for; ``expected`` by drafter.
+    ``results`` are ordered by benchmark, then by drafter, as in the configuration; ``expected`` by drafter.
     """
 
     target: str
@@ -58,12 +59,11 @@ class Report:
         return [r for r in self.results if r.benchmark == benchmark]
 
     def differences(self) -> list[str]:
-        """Plain sentences on how each drafter compares with the one named before it."""
+        """Sentences that compare each drafter with the one before it."""
         found = []
         for benchmark in self.benchmarks:
             for first, second in pairwise(self.of(benchmark)):
-                groups = groups_of(second.prompts)
-                gap = difference(second.tau_parts(), first.tau_parts(), groups)
+                gap = difference(second.tau_parts(), first.tau_parts(), [p.id for p in second.prompts])
                 found.append(f"{benchmark}: " + sentence("tau", second.drafter, first.drafter, gap))
                 if first.speedup is not None and second.speedup is not None:
                     a, b = ([(s, 1.0) for s in r.speedups().values()] for r in (second, first))
@@ -72,7 +72,7 @@ class Report:
         return found
 
 
-#: Characters that LaTeX takes for commands.
+#: Escapes of the characters that are commands in LaTeX.
 _LATEX = {char: "\\" + char for char in "&%_#${}"} | {
     "~": r"\textasciitilde{}",
     "^": r"\textasciicircum{}",
@@ -83,10 +83,11 @@ HEADINGS = ("benchmark", "drafter", "prompts", "tau", "tau, macro", "speedup", "
 
 
 def rows(report: Report) -> list[list[str]]:
-    """The table's cells, a row for each benchmark and drafter."""
+    """The table's cells, one row per benchmark and drafter."""
     return [
         [
-            r.benchmark, r.drafter, str(len(r.prompts)), ranged(r.tau_interval), _number(r.tau[1], 2),
+            r.benchmark, r.drafter, str(len(r.prompts)), ranged(r.tau_interval),
+            "-" if math.isnan(r.tau[1]) else f"{r.tau[1]:.2f}",
             "none" if r.speedup is None else f"{ranged(r.speedup_interval)}x",
             f"{r.speculative_rate:.0f} ({r.plain_rate:.0f} plain)", verdict(r),
         ]
@@ -103,7 +104,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         f"at most {settings.max_new_tokens} tokens; intervals are 95 %",
         title_justify="left",
     )
-    # What fits eighty columns; the files have all.
+    # These columns fit a terminal of 80 characters; the files have all of them.
     shown = [HEADINGS.index(name) for name in ("benchmark", "drafter", "tau", "speedup", "lossless")]
     for column in shown:
         table.add_column(HEADINGS[column], overflow="fold")
@@ -115,7 +116,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
 
 
 def notes(report: Report) -> list[str]:
-    """What the table cannot say: differences, expected speedups, reasons for a missing speedup, mismatches."""
+    """Lines below the table: differences, expected speedups, reasons for a missing speedup, mismatches."""
     lines = report.differences()
     for expected in report.expected:
         lines += [expectation(report, expected), recommendation(expected)]
@@ -123,7 +124,7 @@ def notes(report: Report) -> list[str]:
         if r.withheld:
             lines.append(f"{r.benchmark}, {r.drafter}: no speedup, {r.withheld}.")
         if r.solved is not None and r is report.of(r.benchmark)[0]:
-            lines.append(f"{r.benchmark}: {r.solved:.1%} of the answers are right.")
+            lines.append(f"{r.benchmark}: {r.solved:.1%} of the answers are correct.")
         shown = r.mismatches[:MISMATCHES_SHOWN]
         lines += [f"{r.benchmark}, {r.drafter}, {p.id}: {_difference(p.mismatch)}" for p in shown if p.mismatch]
         if len(r.mismatches) > MISMATCHES_SHOWN:
@@ -132,7 +133,7 @@ def notes(report: Report) -> list[str]:
 
 
 def expectation(report: Report, expected: Expected) -> str:
-    """Predicted beside measured, at the drafter's own block size."""
+    """The predicted and the measured speedup at the drafter's own block size."""
     own = expected.here[-1]
     measured = [
         f"{r.speedup:.2f}x on {r.benchmark}" for r in report.results if r.drafter == expected.drafter and r.speedup
@@ -144,17 +145,17 @@ def expectation(report: Report, expected: Expected) -> str:
 
 
 def recommendation(expected: Expected) -> str:
-    """The block size to choose, here and where bandwidth is all that counts."""
+    """The block sizes with the largest expected speedup, here and if bandwidth is the only cost."""
     here = best(expected.here)
     first = f"{expected.drafter}: block size {here.block_size} is expected to be fastest here ({here.speedup:.2f}x)"
     if not expected.bandwidth:
         return f"{first}."
     there = best(expected.bandwidth)
-    return f"{first}; where reading weights is all that a step costs, {there.block_size} ({there.speedup:.2f}x)."
+    return f"{first}; if a step costs only the reading of weights, {there.block_size} ({there.speedup:.2f}x)."
 
 
 def summary(result: Evaluation) -> dict[str, Any]:
-    """The headline figures: rates in tokens a second, None for what cannot be said."""
+    """The headline figures: rates in tokens per second, None for figures that do not exist."""
     micro, macro = result.tau
     return finite(
         {
@@ -178,7 +179,7 @@ def summary(result: Evaluation) -> dict[str, Any]:
             "mismatches": len(result.mismatches),
             "ties": len(result.ties),
             "tie_tolerance": result.tolerance,
-            "law_p": result.law_p,
+            "law_p": result.distribution_p,
             "acceptance_by_position": result.acceptance_by_position(),
             "rejection_positions": result.rejection_positions(),
             "tau_by_length": result.tau_by_length(),
@@ -190,40 +191,36 @@ def summary(result: Evaluation) -> dict[str, Any]:
 def write_tables(report: Report, directory: Path) -> None:
     """``table.md`` and ``table.tex``."""
     cells = rows(report)
-    lines = ["| " + " | ".join(HEADINGS) + " |", "|" + "---|" * len(HEADINGS)]
-    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
-    text = "\n".join(lines) + "\n\n" + "\n".join(f"- {line}" for line in notes(report)) + "\n"
+    text = markdown(HEADINGS, cells) + "\n" + "".join(f"- {line}\n" for line in notes(report))
     with replaced(directory / "table.md") as partial:
         partial.write_text(text, encoding="utf-8")
-    body = [" & ".join(map(_latex, row)) + r" \\" for row in cells]
-    head = " & ".join(map(_latex, HEADINGS)) + r" \\"
-    tex = [
-        "% needs \\usepackage{booktabs}",
-        rf"\begin{{tabular}}{{{'l' * len(HEADINGS)}}}",
-        r"\toprule",
-        head,
-        r"\midrule",
-    ]
-    tex += [*body, r"\bottomrule", r"\end{tabular}", ""]
+    head, *body = [" & ".join(map(_latex, row)) + r" \\" for row in (HEADINGS, *cells)]
+    begin = ["% needs \\usepackage{booktabs}", rf"\begin{{tabular}}{{{'l' * len(HEADINGS)}}}"]
+    tex = [*begin, r"\toprule", head, r"\midrule", *body, r"\bottomrule", r"\end{tabular}", ""]
     with replaced(directory / "table.tex") as partial:
         partial.write_text("\n".join(tex), encoding="utf-8")
 
 
+def markdown(headings: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """A Markdown table, with vertical bars in cells escaped."""
+    lines = ["| " + " | ".join(headings) + " |", "|" + "---|" * len(headings)]
+    lines += ["| " + " | ".join(cell.replace("|", r"\|") for cell in row) + " |" for row in cells]
+    return "\n".join(lines) + "\n"
+
+
 def write_json(report: Report, path: Path, record: dict[str, Any]) -> None:
-    """Headlines, every prompt's figures, and ``record`` (what was evaluated, with which versions)."""
+    """Write headline figures, every prompt's figures, and ``record`` (what was evaluated, with which versions)."""
+
+    def predictions(found: list[Prediction]) -> list[dict[str, Any]]:
+        return [asdict(p) | {"speedup": p.speedup} for p in found]
+
     content = {
         **record,
         "target": report.target,
         "summaries": [summary(r) for r in report.results],
         "differences": report.differences(),
         "expected": [
-            {
-                "drafter": e.drafter,
-                **{
-                    name: [asdict(p) | {"speedup": p.speedup} for p in getattr(e, name)]
-                    for name in ("here", "bandwidth")
-                },
-            }
+            {"drafter": e.drafter, "here": predictions(e.here), "bandwidth": predictions(e.bandwidth)}
             for e in report.expected
         ],
         "prompts": [
@@ -234,19 +231,19 @@ def write_json(report: Report, path: Path, record: dict[str, Any]) -> None:
 
 
 def verdict(result: Evaluation) -> str:
-    """Whether the texts are the target's own, in a few words."""
+    """Whether decoding was lossless, in a few words."""
     count = len(result.prompts)
     if result.checked:
         equal, ties = count - len(result.mismatches), len(result.ties)
         tied = f", {ties} differ by a tie" if ties else ""
         return f"{equal} of {count} equal{tied}"
-    if result.law_p is None:
+    if result.distribution_p is None:
         return "not tested"
-    return f"same law, p = {result.law_p:.2g}" if not result.withheld else f"other law, p = {result.law_p:.2g}"
+    return f"{'other' if result.withheld else 'same'} distribution, p = {result.distribution_p:.2g}"
 
 
 def ranged(interval: Interval | None) -> str:
-    """``2.31 [2.25, 2.37]``; ``2.31`` of a single example."""
+    """``2.31 [2.25, 2.37]``; ``2.31`` for a single example, ``-`` for no figure."""
     if interval is None or math.isnan(interval.value):
         return "-"
     if math.isnan(interval.low):
@@ -262,10 +259,6 @@ def _difference(mismatch: Mismatch) -> str:
         return f"{where}: plain decoding ends there, it goes on with token {mismatch.speculative_token}"
     tokens = f"{mismatch.speculative_token} instead of {mismatch.plain_token}"
     return f"{where}: {tokens}, logit gap {mismatch.logit_gap:+.2e}"
-
-
-def _number(value: float, digits: int) -> str:
-    return "-" if math.isnan(value) else f"{value:.{digits}f}"
 
 
 def _latex(cell: str) -> str:

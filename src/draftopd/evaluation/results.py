@@ -1,4 +1,4 @@
-"""What an evaluation found: figures a prompt, and what follows from them for one benchmark and one drafter."""
+"""Results of an evaluation: figures per prompt, and the figures of one benchmark and drafter computed from them."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from functools import cached_property
 import torch
 
 from draftopd.decoding.draft_text import DraftedBlock
-from draftopd.evaluation.lossless import Mismatch, same_law
+from draftopd.evaluation.lossless import Mismatch, same_distribution
 from draftopd.evaluation.settings import Settings
-from draftopd.evaluation.statistics import Interval, bootstrap, groups_of
+from draftopd.evaluation.statistics import Interval, bootstrap
 from draftopd.metrics.acceptance_length import acceptance_length
 from draftopd.metrics.entropy_acceptance import EDGES
 from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 
-#: Response tokens in a bin of tau against length, and how far the bins go.
+#: Response tokens per bin of tau by length, and the end of the last bin.
 LENGTH_BIN, LENGTH_END = 1024, 8192
 
-#: Above temperature 0 a speedup is withheld where plain sampling would differ so much no more often than this.
-LEAST_P = 1e-3
+#: Above temperature 0 a speedup is withheld if the p-value of the same distribution is below this.
+MIN_P = 1e-3
 
 
 @dataclass(frozen=True)
 class PromptResult:
-    """One turn of one example by one drafter; seconds are its batch's, shared evenly among the batch.
+    """One turn of one example by one drafter; seconds are its batch's, divided evenly among the batch.
 
-    ``accepted[i]`` and ``emitted[i]`` are block ``i``'s, see :class:`Decoded`. ``solved`` is None where the
-    benchmark knows no answer; ``mismatch`` is None where the texts are equal or were not compared.
-    ``entropy_tested[b]`` slots were tested where the target's entropy lies in bin ``b`` of
-    :data:`~draftopd.metrics.entropy_acceptance.EDGES`, ``entropy_accepted[b]`` of them accepted. ``plain_features``
-    and ``features`` describe both texts above temperature 0, see :func:`~draftopd.evaluation.lossless.features`.
-    ``batch`` names the batch it was timed in. ``drafts`` are the text's blocks where it is to be shown.
+    ``accepted[i]`` and ``emitted[i]`` are block ``i``'s, see :class:`Decoded`. ``solved`` is None if the benchmark
+    knows no answer, ``mismatch`` if the texts are equal or were not compared. ``entropy_tested[b]`` counts the tested
+    slots whose target entropy is in bin ``b`` of :data:`~draftopd.metrics.entropy_acceptance.EDGES`,
+    ``entropy_accepted[b]`` the accepted ones. ``plain_features`` and ``features`` describe both texts above temperature
+    0, see :func:`~draftopd.evaluation.lossless.features`. ``batch`` names the batch it was timed in. ``drafts`` are the
+    text's blocks if the report shows it.
     """
 
     id: str
@@ -77,16 +77,16 @@ class Evaluation:
 
     @property
     def tau(self) -> tuple[float, float]:
-        """Micro and macro acceptance length; NaN where no prompt came to a block."""
+        """Micro and macro acceptance length; NaN if no prompt has a block."""
         return acceptance_length([p.emitted for p in self.prompts])
 
     @cached_property
     def tau_interval(self) -> Interval:
         """Micro tau's 95 % interval over examples."""
-        return bootstrap(self.tau_parts(), groups_of(self.prompts))
+        return bootstrap(self.tau_parts(), [p.id for p in self.prompts])
 
     def tau_parts(self) -> list[tuple[float, float]]:
-        """Emitted tokens and verifications of every prompt: their sums' ratio is micro tau."""
+        """Emitted tokens and verifications of every prompt; the ratio of their sums is micro tau."""
         return [(float(sum(p.emitted)), float(len(p.emitted))) for p in self.prompts]
 
     @property
@@ -96,12 +96,12 @@ class Evaluation:
 
     @property
     def plain_rate(self) -> float:
-        """Tokens a second of plain decoding."""
+        """Tokens per second of plain decoding."""
         return sum(p.plain_response_tokens for p in self.prompts) / sum(p.plain_seconds for p in self.prompts)
 
     @property
     def speculative_rate(self) -> float:
-        """Tokens a second with the drafter."""
+        """Tokens per second with the drafter."""
         return sum(p.response_tokens for p in self.prompts) / sum(p.speculative_seconds for p in self.prompts)
 
     @property
@@ -111,24 +111,24 @@ class Evaluation:
 
     @property
     def ties(self) -> list[PromptResult]:
-        """Those of them where rounding decided between two tokens of equal standing."""
+        """The mismatches with a logit gap within the tolerance, where rounding decided between two tokens."""
         return [p for p in self.mismatches if p.mismatch is not None and p.mismatch.tied(self.tolerance)]
 
     @property
     def speedup(self) -> float | None:
-        """Median over batches of the paired speedups; None for a decoder that proved not lossless."""
+        """Median over batches of the paired speedups; None if decoding was not lossless."""
         return None if self.withheld else statistics.median(self.speedups().values())
 
     @property
     def speedup_interval(self) -> Interval | None:
-        """Its 95 % interval over batches: what was timed together stays together."""
+        """95 % interval of the speedup over batches, since a batch is timed as a whole."""
         if self.withheld:
             return None
         speedups = self.speedups()
         return bootstrap([(s, 1.0) for s in speedups.values()], list(speedups), median=True)
 
     def speedups(self) -> dict[str, float]:
-        """By batch: tokens a second with the drafter over plain tokens a second."""
+        """Tokens per second with the drafter over those of plain decoding, by batch."""
         batches: dict[str, list[PromptResult]] = {}
         for prompt in self.prompts:
             batches.setdefault(prompt.batch or prompt.id, []).append(prompt)
@@ -139,10 +139,10 @@ class Evaluation:
         }
 
     @cached_property
-    def law_p(self) -> float | None:
-        """How likely plain sampling would differ so much from itself; None at temperature 0 and for a single prompt."""
+    def distribution_p(self) -> float | None:
+        """p-value of the same distribution as plain sampling; None at temperature 0 and for a single prompt."""
         pairs = [(p.plain_features, p.features) for p in self.prompts if p.features]
-        return same_law(pairs) if len(pairs) > 1 else None
+        return same_distribution(pairs) if len(pairs) > 1 else None
 
     @property
     def withheld(self) -> str | None:
@@ -150,18 +150,19 @@ class Evaluation:
         wrong = len(self.mismatches) - len(self.ties)
         if wrong:
             return f"not lossless: {wrong} of {len(self.prompts)} texts differ"
-        if self.law_p is not None and self.law_p < LEAST_P:
-            return f"not lossless: the tokens are not distributed as plain sampling's (p = {self.law_p:.1g})"
+        p = self.distribution_p
+        if p is not None and p < MIN_P:
+            return f"not lossless: the tokens are not distributed as plain sampling's (p = {p:.1g})"
         return None
 
     @property
     def solved(self) -> float | None:
-        """Share of right answers, where the benchmark knows them."""
+        """Fraction of correct answers; None if the benchmark knows none."""
         known = [p.solved for p in self.prompts if p.solved is not None]
         return sum(known) / len(known) if known else None
 
     def blocks(self) -> torch.Tensor:
-        """``[2, blocks]``: what each block accepted, and emitted."""
+        """``[2, blocks]``: the accepted and the emitted tokens of each block."""
         pairs = [pair for p in self.prompts for pair in zip(p.accepted, p.emitted, strict=True)]
         return torch.tensor(pairs, dtype=torch.long).view(-1, 2).T
 
@@ -171,7 +172,7 @@ class Evaluation:
         return accepted[emitted > accepted]
 
     def acceptance_by_position(self) -> list[float]:
-        """See :class:`AcceptanceByPosition`; NaN where no block got that far."""
+        """See :class:`AcceptanceByPosition`; NaN if no block reached the position."""
         metric = AcceptanceByPosition(self.block_size - 1)
         metric.update(*self.blocks())
         return [float(x) for x in metric.compute()]
@@ -186,12 +187,12 @@ class Evaluation:
         """``(first token, tau, blocks)`` of the blocks that began in each :data:`LENGTH_BIN` tokens of a response."""
         bins = [[0, 0] for _ in range(LENGTH_END // LENGTH_BIN)]
         for prompt in self.prompts:
-            place = 1  # the prefill gave the first token
+            begin = 1  # the prefill gave the first token
             for emitted in prompt.emitted:
-                if place < LENGTH_END:
-                    bins[place // LENGTH_BIN][0] += emitted
-                    bins[place // LENGTH_BIN][1] += 1
-                place += emitted
+                if begin < LENGTH_END:
+                    bins[begin // LENGTH_BIN][0] += emitted
+                    bins[begin // LENGTH_BIN][1] += 1
+                begin += emitted
         return [(i * LENGTH_BIN, tokens / blocks, blocks) for i, (tokens, blocks) in enumerate(bins) if blocks]
 
     def acceptance_by_entropy(self) -> list[tuple[float, float, int]]:

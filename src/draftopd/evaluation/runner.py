@@ -1,4 +1,4 @@
-"""Decode a benchmark plainly and with drafters, by one engine, in turns."""
+"""Decode a benchmark plainly and with each drafter by the same engine, in turns."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ from draftopd.evaluation.settings import Settings
 from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.targets.target import Target
 
-#: One example's figures: by drafter, one a turn.
+#: One example's results by drafter, one per turn of the conversation.
 ExampleResults = dict[str, list[PromptResult]]
 
-#: Told how many examples and tokens were done.
+#: Called with the numbers of examples and tokens that are done.
 Advance = Callable[[int, int], None]
 
 
@@ -44,22 +44,27 @@ def evaluate(
 ) -> Iterator[list[ExampleResults]]:
     """Decode every example plainly and with each drafter, batch by batch.
 
-    The decoders take turns, and in each batch another goes first; the first batch is decoded once unmeasured. A
-    later turn follows the plain answers, for all decoders alike.
+    The decoders take turns, and each batch starts with the next one; the first batch is decoded once unmeasured as a
+    warm-up. Later turns of a conversation follow the plain answers for all decoders.
 
     Args:
         benchmark: name of the results.
         stop: token ids that end a response.
-        advance: told after each batch how many examples and tokens were done, all texts counted.
+        advance: called after each batch with its numbers of examples and of tokens in all texts.
         shown: ids of the examples whose drafts are kept; None: the first ``settings.shown``.
 
     Raises:
-        PromptError: if there is no example, or one does not fit the target's context.
+        PromptError: if there are no examples, or one does not fit the target's context.
         DrafterError: if a drafter does not fit the target.
     """
     if not examples:
         raise PromptError(f"The benchmark {benchmark} holds no prompts: give at least one.")
-    return _Run(target, drafters, tokenizer, stop, settings).batches(examples, advance, shown)
+    run = _Run(target, drafters, tokenizer, stop, settings)
+    for index, example in enumerate(examples):
+        run.check(run.encoder.encode(example.messages), index)
+    if shown is None:
+        shown = {example.id for example in examples[: settings.shown]}
+    return run.batches(examples, shown, advance)
 
 
 class _Run:
@@ -80,34 +85,25 @@ class _Run:
         self.batches_done = 0
 
     def batches(
-        self, examples: Sequence[Example], advance: Advance, shown: Collection[str] | None
-    ) -> Iterator[list[ExampleResults]]:
-        for index, example in enumerate(examples):
-            self._check(self.encoder.encode(example.messages), index)
-        if shown is None:
-            shown = {example.id for example in examples[: self.settings.shown]}
-        return self._decode(examples, shown, advance)
-
-    def _decode(
         self, examples: Sequence[Example], shown: Collection[str], advance: Advance
     ) -> Iterator[list[ExampleResults]]:
         for _, alike in groupby(examples, key=lambda example: len(example.follow_ups)):
-            few = list(alike)
-            for start in range(0, len(few), self.settings.batch_size):
-                batch = few[start : start + self.settings.batch_size]
+            same_turns = list(alike)
+            for start in range(0, len(same_turns), self.settings.batch_size):
+                batch = same_turns[start : start + self.settings.batch_size]
                 results, tokens = self._batch(batch, shown)
                 advance(len(batch), tokens)
                 yield results
 
     def _batch(self, batch: list[Example], shown: Collection[str]) -> tuple[list[ExampleResults], int]:
-        """A batch of examples with as many turns."""
+        """The results and number of tokens of a batch, whose examples all have the same number of turns."""
         conversations: list[Messages] = [list(example.messages) for example in batch]
         results: list[ExampleResults] = [{name: [] for name in self.drafted} for _ in batch]
         tokens = 0
         for turn in range(len(batch[0].follow_ups) + 1):
             prompts = [self.encoder.encode(messages) for messages in conversations]
             for index, prompt in enumerate(prompts):
-                self._check(prompt, index)
+                self.check(prompt, index)
             timed = self._in_turns(prompts)
             plain, plain_seconds = timed[self.plain]
             self.target.tap(())
@@ -115,10 +111,8 @@ class _Run:
             for name, decoder in self.drafted.items():
                 drafted, seconds = timed[decoder]
                 for i, example in enumerate(batch):
-                    found = self._result(
-                        example, turn, seen[i], drafted[i], plain_seconds / len(batch), seconds / len(batch)
-                    )
-                    found = replace(found, batch=batch[0].id)
+                    per_example = plain_seconds / len(batch), seconds / len(batch)
+                    found = replace(self._result(example, turn, seen[i], drafted[i], *per_example), batch=batch[0].id)
                     if example.id in shown:
                         question = conversations[i][-1]["content"]
                         found = replace(found, question=question, drafts=blocks_of(drafted[i], self.tokenizer))
@@ -134,7 +128,7 @@ class _Run:
         return results, tokens
 
     def _in_turns(self, prompts: list[list[int]]) -> dict[Decoder, tuple[list[Decoded], float]]:
-        """Every decoder's texts and seconds; which goes first changes from batch to batch."""
+        """Every decoder's texts and seconds; each batch starts with the next decoder."""
         seed = ranks.mix(self.settings.seed, self.batches_done)
         if self.batches_done == 0:
             for decoder in self.decoders:
@@ -142,20 +136,20 @@ class _Run:
         first = self.batches_done % len(self.decoders)
         self.batches_done += 1
         order = self.decoders[first:] + self.decoders[:first]
-        # Above temperature 0 each decoder draws by itself: equal draws would make their texts alike.
+        # Each decoder has its own seed: above temperature 0, equal draws would make their texts dependent.
         seeds = {decoder: seed * 101 + number for number, decoder in enumerate(self.decoders)}
         return {decoder: self._timed(decoder, prompts, seeds[decoder]) for decoder in order}
 
     def _timed(self, decoder: Decoder, batch: list[list[int]], seed: int) -> tuple[list[Decoded], float]:
-        """The decoded batch and its seconds. Decoding ends by reading tokens back: a GPU has nothing left to do."""
-        # Plain decoding must not pay for features that only a drafter reads.
+        """The decoded batch and its seconds; decoding reads the tokens back, so that a GPU has finished by then."""
+        # Plain decoding must not spend time on features that only a drafter reads.
         self.target.tap(decoder.drafter.target_layer_ids if decoder.drafter else ())
         generator = torch.Generator(self.target.device).manual_seed(seed % 2**63)
         began = time.perf_counter()
         decoded = decoder.decode_batch(batch, generator)
         return decoded, time.perf_counter() - began
 
-    def _check(self, prompt: list[int], index: int) -> None:
+    def check(self, prompt: list[int], index: int) -> None:
         for decoder in self.decoders:
             decoder.check(prompt, index)
 
@@ -188,7 +182,7 @@ class _Run:
 
 
 class _Text:
-    """What the target makes of a text, read once more outside the clock."""
+    """The target's entropies and features of a text, read again outside the measured time."""
 
     def __init__(self, target: Target, sampling: Sampling, decoded: Decoded) -> None:
         self.decoded = decoded
@@ -201,18 +195,17 @@ class _Text:
             log_p = (target.head.logits(part) / temperature).log_softmax(-1)
             entropies.append(-(log_p.exp() * log_p).sum(-1))
             log_probs.append(log_p.gather(-1, tokens[:, None])[:, 0])
-        #: ``[n]`` nats at each response token, under the temperature it was drawn at.
+        #: ``[n]`` nats at each response token, at the sampling temperature.
         self.entropies = torch.cat(entropies).cpu()
         self.features = features(decoded.response, torch.cat(log_probs).cpu(), self.entropies)
 
     def by_entropy(self, drafted: Decoded) -> tuple[list[int], list[int]]:
-        """Tested and accepted slots by the target's entropy; a slot's prefix is the text, as long as it was tested."""
+        """Tested and accepted slots by the target's entropy: a tested slot's prefix is part of the text."""
         metric = EntropyAcceptance()
         slots = len(drafted.proposals[0]) if drafted.proposals else 0
-        places = (
-            torch.tensor(drafted.anchors, dtype=torch.long)[:, None] - len(drafted.prompt) + 1 + torch.arange(slots)
-        )
-        inside = places < len(self.entropies)
-        entropy = self.entropies[places.clamp_max(len(self.entropies) - 1)]
+        anchors = torch.tensor(drafted.anchors, dtype=torch.long)
+        positions = anchors[:, None] - len(drafted.prompt) + 1 + torch.arange(slots)
+        inside = positions < len(self.entropies)
+        entropy = self.entropies[positions.clamp_max(len(self.entropies) - 1)]
         metric.update(entropy, torch.tensor(drafted.accepted, dtype=torch.long), inside)
         return metric.tested.tolist(), metric.accepted.tolist()

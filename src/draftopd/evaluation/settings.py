@@ -11,7 +11,7 @@ from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
 from draftopd.errors import ConfigError
 
-#: Logit gaps up to which another token than plain decoding's is a tie that rounding decided.
+#: Logit gaps up to which a difference from plain decoding is a tie that rounding decided.
 TIES = {torch.float32: 1e-3, torch.float16: 0.1, torch.bfloat16: 0.5}
 
 
@@ -25,15 +25,15 @@ class Settings:
         thinking: the chat template's mode.
         max_new_tokens: response limit.
         batch_size: prompts decoded together.
-        limit: at most so many examples a benchmark; None: the benchmark's own number.
+        limit: maximum number of examples per benchmark; None: the benchmark's own number.
         seed: of draws above temperature 0.
         tie_tolerance: logit gap up to which a difference from plain decoding is a tie; None: by the target's
             precision, see :data:`TIES`.
-        shown: so many examples a benchmark whose drafts the report shows.
-        compiled: run the decoding steps, plain ones too, through torch.compile.
+        shown: number of examples per benchmark whose drafts the report shows.
+        compiled: run the decoding steps, including plain ones, through torch.compile.
 
     Raises:
-        ConfigError: if a value lies outside its range.
+        ConfigError: if a value is out of range.
     """
 
     temperature: float = 0.0
@@ -54,10 +54,10 @@ class Settings:
             Sampling(self.temperature, self.top_k, self.top_p)
         except ValueError as error:
             raise ConfigError(str(error)) from error
-        for name, least in (("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("shown", 0)):
+        for name, minimum in (("max_new_tokens", 1), ("batch_size", 1), ("limit", 1), ("shown", 0)):
             value = getattr(self, name)
-            if value is not None and value < least:
-                raise ConfigError(f"{name} must be {least} or more, found {value}.")
+            if value is not None and value < minimum:
+                raise ConfigError(f"{name} must be {minimum} or more, found {value}.")
         if self.tie_tolerance is not None and not self.tie_tolerance >= 0:
             raise ConfigError(f"tie_tolerance must be 0 or more, or null, found {self.tie_tolerance}.")
         if not 0 <= self.seed < 2**32:
@@ -68,7 +68,7 @@ class Settings:
         return Sampling(self.temperature, self.top_k, self.top_p)
 
     def rules(self, stop: frozenset[int]) -> Rules:
-        """How responses that end at these token ids are drawn and verified."""
+        """The decoding rules of responses that end at these token ids."""
         return Rules(self.sampling, self.verification, stop, self.max_new_tokens)
 
     def tolerance(self, dtype: torch.dtype) -> float:

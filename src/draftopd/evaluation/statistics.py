@@ -1,9 +1,9 @@
-"""Confidence by resampling whole examples: what one example's turns and tokens have in common stays together."""
+"""Confidence intervals by resampling whole examples, whose turns and tokens are drawn together."""
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
-from typing import NamedTuple, Protocol
+from collections.abc import Callable, Hashable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -11,9 +11,12 @@ from numpy.typing import NDArray
 #: Resamples of a bootstrap.
 RESAMPLES = 10_000
 
+#: ``weights [draws, prompts] -> [draws]``.
+_Figure = Callable[[NDArray[np.float64]], NDArray[np.float64]]
+
 
 class Interval(NamedTuple):
-    """A figure and its 95 % interval; its ends are NaN where a single example says nothing of others."""
+    """A figure and its 95 % interval; the ends are NaN for a single example."""
 
     value: float
     low: float
@@ -24,24 +27,14 @@ class Interval(NamedTuple):
         return self.low > 0 or self.high < 0
 
 
-class _Identified(Protocol):
-    @property
-    def id(self) -> str: ...
-
-
-def groups_of(prompts: Sequence[_Identified]) -> list[str]:
-    """The example that each prompt belongs to."""
-    return [prompt.id for prompt in prompts]
-
-
 def bootstrap(
     parts: Sequence[tuple[float, float]], groups: Sequence[Hashable], median: bool = False, seed: int = 0
 ) -> Interval:
     """A figure's percentile interval over examples drawn with replacement.
 
     Args:
-        parts: ``(numerator, denominator)`` a prompt; the figure is the ratio of their sums.
-        groups: the example of each prompt; its prompts are drawn together.
+        parts: ``(numerator, denominator)`` per prompt; the figure is the ratio of their sums.
+        groups: the example of each prompt; an example's prompts are drawn together.
         median: the figure is the median of the prompts' own ratios instead.
         seed: of the draws.
 
@@ -59,7 +52,7 @@ def difference(
     median: bool = False,
     seed: int = 0,
 ) -> Interval:
-    """The first figure less the second on the same examples, drawn together; see :func:`bootstrap`."""
+    """The first figure minus the second, with the same examples drawn for both; see :func:`bootstrap`."""
     names = {name: i for i, name in enumerate(dict.fromkeys(groups))}
     members = np.array([names[g] for g in groups])
     count = len(names)
@@ -67,7 +60,6 @@ def difference(
         return Interval(float("nan"), float("nan"), float("nan"))
     a = _figure(np.asarray(first, float), median)
     b = None if second is None else _figure(np.asarray(second, float), median)
-    whole = np.ones((1, count))
     draws = np.random.default_rng(seed).multinomial(count, np.full(count, 1 / count), RESAMPLES).astype(float)
 
     def values(weights: NDArray[np.float64]) -> NDArray[np.float64]:
@@ -78,15 +70,10 @@ def difference(
     if np.isnan(found).all():
         return Interval(float("nan"), float("nan"), float("nan"))
     low, high = np.nanpercentile(found, [2.5, 97.5]) if count > 1 else (np.nan, np.nan)
-    return Interval(float(values(whole)[0]), float(low), float(high))
-
-
-class _Figure(Protocol):
-    def __call__(self, weights: NDArray[np.float64], /) -> NDArray[np.float64]: ...
+    return Interval(float(values(np.ones((1, count)))[0]), float(low), float(high))
 
 
 def _figure(parts: NDArray[np.float64], median: bool) -> _Figure:
-    """``weights [draws, prompts] -> [draws]``."""
     numerators, denominators = parts[:, 0], parts[:, 1]
     if not median:
 
@@ -95,13 +82,14 @@ def _figure(parts: NDArray[np.float64], median: bool) -> _Figure:
                 return (weights @ numerators) / (weights @ denominators)
 
         return ratio
-    order = np.argsort(numerators / denominators)
-    ordered = (numerators / denominators)[order]
+    ratios = numerators / denominators
+    order = np.argsort(ratios)
+    ordered = ratios[order]
 
     def weighted_median(weights: NDArray[np.float64]) -> NDArray[np.float64]:
         mass = weights[:, order].cumsum(1)
         half = mass[:, -1:] / 2
-        # Of an even number of prompts the mean of the two in the middle.
+        # The median of an even number of prompts is the mean of the middle two.
         low, high = (mass >= half).argmax(1), (mass > half).argmax(1)
         return (ordered[low] + ordered[high]) / 2
 
@@ -109,11 +97,11 @@ def _figure(parts: NDArray[np.float64], median: bool) -> _Figure:
 
 
 def sentence(name: str, first: str, second: str, found: Interval) -> str:
-    """A plain sentence on a difference: how large, and whether it is resolved."""
+    """A sentence on the size of a difference, and whether its interval excludes zero."""
     if np.isnan(found.low):
-        return f"{name} of {first} less that of {second}: {found.value:+.3f}, of too few examples for an interval."
+        return f"{name} of {first} minus that of {second}: {found.value:+.3f}, from too few examples for an interval."
     between = f"95 % interval {found.low:+.3f} to {found.high:+.3f}"
     if not found.excludes_zero:
-        return f"{name} of {first} and of {second} are not told apart: difference {found.value:+.3f}, {between}."
+        return f"{name} of {first} and of {second} are not resolved: difference {found.value:+.3f}, {between}."
     higher = "higher" if found.value > 0 else "lower"
-    return f"{name} of {first} is {abs(found.value):.3f} {higher} than of {second}: resolved, {between}."
+    return f"{name} of {first} is {abs(found.value):.3f} {higher} than that of {second}: resolved, {between}."

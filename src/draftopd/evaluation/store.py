@@ -1,4 +1,4 @@
-"""Results on disk, example by example, so that an interrupted evaluation goes on where it was."""
+"""Results on disk, example by example, so that an interrupted evaluation can be continued."""
 
 from __future__ import annotations
 
@@ -20,22 +20,22 @@ from draftopd.io.json_text import parse_json
 
 log = logging.getLogger(__name__)
 
-#: Of ``examples.json`` and ``examples.jsonl``.
+#: Format version of ``examples.json`` and ``examples.jsonl``.
 FORMAT = 1
 
 
 class ResultStore:
-    """``examples.jsonl`` in a run's directory: one line an example, written when it is done.
+    """``examples.jsonl`` in a run's directory: one line per example, written when the example is done.
+
+    Each line has a checksum; a damaged line is left out, and its example decoded again.
 
     Args:
         directory: the run's.
-        identity: all that the figures depend on; another run's examples are not taken for this one's.
-
-    Each line carries its checksum; a damaged one is left out, and its example decoded again.
+        identity: everything that the figures depend on, by which another evaluation's examples are recognised.
 
     Raises:
         ConfigError: if the directory holds another evaluation's examples.
-        FileError: if it cannot be written, or what says whose examples it holds is damaged.
+        FileError: if it cannot be written, or the identity stored there is damaged.
     """
 
     def __init__(self, directory: Path, identity: dict[str, Any]) -> None:
@@ -49,21 +49,21 @@ class ResultStore:
             try:
                 found = read_json(marker, FORMAT)
             except FileError as error:
-                raise FileError(f"{error} Delete {self.path} to begin anew, or use another hydra.run.dir.") from error
+                raise FileError(f"{error} Delete {self.path} to start again, or use another hydra.run.dir.") from error
             if found != self._identity:
                 raise ConfigError(
                     f"{directory} holds an evaluation of other drafters, benchmarks or settings: use another "
-                    "hydra.run.dir, or the same command to go on with it."
+                    "hydra.run.dir, or repeat that evaluation's command to continue it."
                 )
             self._read()
         else:
             write_json(marker, self._identity, FORMAT)
 
     def add(self, benchmark: str, example: str, results: ExampleResults) -> None:
-        """Keep one example's figures.
+        """Write one example's results.
 
         Raises:
-            FileError: if they cannot be written; the examples before stay.
+            FileError: if they cannot be written; earlier examples are kept.
         """
         self.done[benchmark, example] = results
         row = {
@@ -78,12 +78,12 @@ class ResultStore:
             os.fsync(file.fileno())
 
     def of(self, benchmark: str) -> list[ExampleResults]:
-        """A benchmark's examples in the order they were done."""
+        """A benchmark's examples in the order in which they were decoded."""
         return [results for (name, _), results in self.done.items() if name == benchmark]
 
     def _read(self) -> None:
         kept, left_out = [], 0
-        # Bytes, and not splitlines: the last letter may be cut in two, and a text may hold other separators.
+        # Bytes and split, not splitlines: the last character may be cut off, and texts may hold other separators.
         for line in self.path.read_bytes().split(b"\n"):
             if not line:
                 continue
@@ -98,7 +98,7 @@ class ResultStore:
                 continue
             kept.append(line.decode())
         if left_out:
-            log.warning("%d lines of %s are damaged or cut off: decoded again.", left_out, self.path)
+            log.warning("%d lines of %s are damaged or cut off: their examples are decoded again.", left_out, self.path)
         with replaced(self.path) as partial:
             partial.write_text("".join(f"{line}\n" for line in kept), encoding="utf-8")
 
@@ -109,7 +109,7 @@ def _turn(raw: dict[str, Any]) -> PromptResult:
 
 
 def finite(value: Any) -> Any:
-    """The same with None for NaN and infinity, which JSON does not know."""
+    """The same value with None for NaN and infinity, which JSON does not have."""
     if isinstance(value, dict):
         return {key: finite(item) for key, item in value.items()}
     if isinstance(value, list | tuple):

@@ -1,4 +1,4 @@
-"""The suites that papers report: rows of a hub dataset, or of a local file in the same schema, as prompts."""
+"""Benchmarks that papers report: rows of a hub dataset, or of a local file in the same schema, as prompts."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from draftopd.evaluation.benchmark import Example
 from draftopd.io.datasets import load_dataset
 from draftopd.io.json_text import is_text, listed
 
-#: Seed of the choice where a suite has more rows than are decoded.
+#: Seed of the choice if a suite has more rows than are decoded.
 CHOICE = 42
 
 
@@ -23,17 +23,18 @@ class Suite:
 
     Args:
         name: of the results.
-        dataset, subset, split: what ``datasets.load_dataset`` is asked for.
+        dataset, subset, split: arguments of ``datasets.load_dataset``.
         template: the user's turn, with fields in braces.
-        turns_field: fields of which the first that a row has holds a list of user's turns (MT-Bench); then there is no
-            template.
-        renamed: other names that a field has in some editions of the suite, ``{name: other}``.
-        id_field: names an example; None numbers them.
-        count: examples usually decoded; of more rows these are chosen at random, always the same.
-        path: a local JSON-lines file in the dataset's schema; None asks the hub.
+        turns_field: names of the field that holds a list of user's turns (MT-Bench), instead of a template; the first
+            one that a row has is read.
+        renamed: names of a field in other editions of the suite, ``{name: other}``.
+        id_field: field with the example's id; None numbers the examples.
+        count: default number of examples; if there are more rows, always the same ones are chosen at random.
+        path: a local JSON-lines file in the dataset's schema; None: from the hub.
 
     Raises:
-        PromptError: if there is neither or both of template and turns, a count below 1, or a template that is none.
+        PromptError: if neither or both of template and turns_field are given, the count is below 1, or the template is
+            invalid.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class Suite:
             parts = [] if template is None else list(string.Formatter().parse(template))
         except ValueError as error:
             raise PromptError(
-                f"benchmark.{name}.template is none ({error}): write fields in braces, and other braces twice."
+                f"benchmark.{name}.template is not valid ({error}): write fields in braces, and double other braces."
             ) from error
         self._names = [field for _, field, _, _ in parts if field]
         self.name, self.dataset, self.subset, self.split = name, dataset, subset, split
@@ -68,19 +69,23 @@ class Suite:
         """The suite's examples.
 
         Raises:
-            PromptError: if the rows cannot be had, or have other fields.
+            PromptError: if the rows cannot be loaded, or have other fields.
         """
-        rows = self._hub() if self.path is None else self._file(Path(self.path))
+        if self.path is None:
+            instead = f"Use benchmark.{self.name}.path=FILE for a local copy in its schema."
+            rows = list(load_dataset(self.dataset, self.subset, self.split, instead=instead))
+        else:
+            rows = [row for _, row in read_rows(Path(self.path), f"benchmark.{self.name}")]
         if not rows:
             raise PromptError(f"The benchmark {self.name} holds no rows: give at least one.")
         wanted = min(self.count if limit is None else min(limit, self.count), len(rows))
-        # Chosen once for the usual count, so that a smaller limit takes a part of the same examples.
+        # Chosen for the default count, so that a smaller limit takes the first of the same examples.
         order = random.Random(CHOICE).sample(range(len(rows)), min(self.count, len(rows)))
-        return [self._example(rows[place], place) for place in order[:wanted]]
+        return [self._example(rows[index], index) for index in order[:wanted]]
 
-    def _example(self, row: dict[str, Any], place: int) -> Example:
-        where = f"{self.name}, row {place}"
-        name = f"{self.name}-{place}" if self.id_field is None else self._id(row, self.id_field, where)
+    def _example(self, row: dict[str, Any], index: int) -> Example:
+        where = f"{self.name}, row {index}"
+        name = f"{self.name}-{index}" if self.id_field is None else self._text(row, self.id_field, where, int)
         if self.template is not None:
             text = self.template.format(**{field: self._text(row, field, where) for field in self._names})
             return Example(name, [{"role": "user", "content": text.strip()}])
@@ -92,27 +97,13 @@ class Suite:
             )
         return Example(name, [{"role": "user", "content": turns[0]}], follow_ups=tuple(turns[1:]))
 
-    def _field(self, row: dict[str, Any], name: str, where: str) -> Any:
-        for candidate in (name, self.renamed.get(name)):
-            if candidate in row:
-                return row[candidate]
-        raise PromptError(f"{where} has no field {name!r}, only {listed(row)}: is it this suite's file?")
-
-    def _text(self, row: dict[str, Any], name: str, where: str) -> str:
-        value = self._field(row, name, where)
-        if not is_text(value):
-            raise PromptError(f"{where} has a {type(value).__name__} under {name!r}, no text: is it this suite's file?")
+    def _text(self, row: dict[str, Any], name: str, where: str, *others: type) -> str:
+        """A field's text, or value of ``others``."""
+        found = next((n for n in (name, self.renamed.get(name)) if n in row), None)
+        if found is None:
+            raise PromptError(f"{where} has no field {name!r}, only {listed(row)}: is it this suite's file?")
+        value = row[found]
+        if not is_text(value) and type(value) not in others:
+            kind = type(value).__name__
+            raise PromptError(f"{where} has a {kind} under {name!r}, expected text: is it this suite's file?")
         return str(value)
-
-    def _id(self, row: dict[str, Any], name: str, where: str) -> str:
-        value = self._field(row, name, where)
-        if not is_text(value) and type(value) is not int:
-            raise PromptError(f"{where} has a {type(value).__name__} under {name!r}, no name: is it this suite's file?")
-        return str(value)
-
-    def _file(self, path: Path) -> list[dict[str, Any]]:
-        return [row for _, row in read_rows(path, f"benchmark.{self.name}")]
-
-    def _hub(self) -> list[dict[str, Any]]:
-        instead = f"Use benchmark.{self.name}.path=FILE for a local copy in its schema."
-        return list(load_dataset(self.dataset, self.subset, self.split, instead=instead))

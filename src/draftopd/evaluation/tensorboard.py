@@ -12,7 +12,7 @@ from draftopd.evaluation.report import Report
 
 
 def write_tensorboard(report: Report, directory: Path) -> None:
-    """One run a drafter, so that drafters lie side by side; figures in the run of the directory itself."""
+    """Write one run per drafter for comparison, and the figures into the directory's own run."""
     for drafter in report.drafters:
         with SummaryWriter(str(directory / drafter)) as writer:
             for result in (r for r in report.results if r.drafter == drafter):

@@ -1,8 +1,7 @@
-"""vLLM's ``speculators`` format: a drafter with what it reads of its target filled in.
+"""vLLM's ``speculators`` format: a drafter together with the target's tensors that it reads.
 
-Reading and writing are translations to and from the drafter's public format: of ``config.json``, and of the few
-tensor names that differ. Tapped layers count from the embedding's output here, so that layer ``i``'s output is
-``i + 1``.
+The drafter's public format is translated to and from it: ``config.json``, and the few tensor names that differ. This
+format counts tapped layers from the embedding's output, so that the output of layer ``i`` has the id ``i + 1``.
 """
 
 from __future__ import annotations
@@ -24,27 +23,28 @@ from draftopd.errors import DrafterError
 from draftopd.interop.target_files import TargetFiles
 from draftopd.io.json_text import shown, whole
 
-#: Tensors of a DFlash speculator that are the target's, not the drafter's.
+#: Tensors of a DFlash speculator that are the target's.
 _OF_THE_TARGET = ("embed_tokens.weight", "lm_head.weight", "verifier_norm.weight", "verifier_lm_head.weight")
 
 
 def write_speculators(
     drafter: Drafter, directory: Path, target: TargetFiles, name: str, dtype: torch.dtype = torch.bfloat16
 ) -> None:
-    """Write a checkpoint that vLLM and speculators load by itself.
+    """Write a checkpoint that vLLM and speculators load without further files.
 
     Args:
         target: the model the drafter was trained for.
-        name: how the server finds that model: a hub name, or a directory.
+        name: hub name or directory from which the server loads that model.
 
     Raises:
-        DrafterError: if the drafter was not made for this target, or taps its last layer where that cannot be said.
+        DrafterError: if the drafter does not fit this target, or the format does not support its kind, a tapped last
+            layer, or a target that scales its embeddings.
     """
     drafter.config.check_fits(target.shape)
     if str(target.config.get("model_type", "")).startswith("gemma"):
         raise DrafterError(
-            f"{target.path} scales its embeddings, which the speculators format cannot say: export the drafter in its "
-            "public format."
+            f"{target.path} scales its embeddings, which the speculators format does not support: export the drafter "
+            "in its public format."
         )
     tensors, config = dict(drafter.state_dict()), drafter.config
     if isinstance(config, DFlashConfig):
@@ -58,7 +58,7 @@ def write_speculators(
     elif isinstance(config, MTPConfig):
         raw = config.to_json(name, target.architectures)
     else:
-        raise DrafterError(f"The speculators format has no {type(drafter).__name__}.")
+        raise DrafterError(f"The speculators format does not support {type(drafter).__name__}: use the public format.")
     write_checkpoint(directory, raw, tensors, dtype)
 
 
@@ -66,10 +66,10 @@ def read_speculators(directory: Path, target: TargetFiles) -> Drafter:
     """Read a drafter in the speculators format.
 
     Args:
-        target: the model it was trained for; the format does not say how deep that is.
+        target: the model it was trained for, whose number of layers the format does not give.
 
     Raises:
-        DrafterError: naming what is missing, garbled or not supported.
+        DrafterError: if something is missing, garbled or not supported.
     """
     raw, tensors = read_checkpoint(directory)
     kind = raw.get("speculators_model_type")
@@ -113,8 +113,8 @@ def _dflash_json(config: DFlashConfig, target: TargetFiles, name: str) -> dict[s
     last = target.shape.num_layers - 1
     if last in config.target_layer_ids:
         raise DrafterError(
-            f"The drafter taps the target's last layer ({last}), which the speculators format cannot say: export it in "
-            "its public format."
+            f"The drafter taps the target's last layer ({last}), which the speculators format does not support: export "
+            "it in its public format."
         )
     return {
         "architectures": ["DFlashSpeculator"],
@@ -141,7 +141,7 @@ def _from_dflash(
         )
     taps = [whole(i) - 1 for i in raw["aux_hidden_state_layer_ids"]]
     if min(taps, default=-1) < 0:
-        raise DrafterError(f"{directory} reads the target's embedding (layer id 0), which is no layer's output.")
+        raise DrafterError(f"{directory} reads the target's embedding (layer id 0), which is not a layer's output.")
     return {
         **layers,
         "architectures": [DFlashConfig.architectures[0]],
@@ -181,5 +181,5 @@ def _from_eagle3(
     if embedding is not None:
         theirs = target.embedding().to(embedding.dtype)
         if embedding.shape == theirs.shape and torch.equal(embedding, theirs):
-            del tensors["embed_tokens.weight"]  # the target's, filled in
+            del tensors["embed_tokens.weight"]  # a copy of the target's
     return config, tensors

@@ -1,4 +1,4 @@
-"""What a target's directory says of it, read without loading the model."""
+"""A target's config and single tensors, read without loading the model."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class TargetFiles:
         path: directory, hub name or ``bundled:NAME``.
 
     Raises:
-        TargetError: if its config cannot be had.
+        TargetError: if its config is missing or damaged.
     """
 
     def __init__(self, path: str) -> None:
@@ -34,7 +34,7 @@ class TargetFiles:
         except (ValueError, OSError) as error:
             raise TargetError(f"config.json of {path} cannot be read: {error}. Copy or download it again.") from error
         if not isinstance(raw, dict):
-            raise TargetError(f"config.json of {path} is no JSON object: name a directory in Hugging Face layout.")
+            raise TargetError(f"config.json of {path} is not a JSON object: name a directory in Hugging Face layout.")
         self.architectures: list[str] = raw.get("architectures") or []
         self.config: dict[str, Any] = raw.get("text_config") or raw
         try:
@@ -52,24 +52,24 @@ class TargetFiles:
         return self._tensor("embed_tokens.weight")
 
     def lm_head(self) -> Tensor:
-        """``[vocab, hidden]``; the embedding where the two are tied, or the files have no other."""
+        """``[vocab, hidden]``; the embedding if the two are tied, or if the files have no LM head."""
         if self.config.get("tie_word_embeddings") or not self._named("lm_head.weight"):
             return self.embedding()
         return self._tensor("lm_head.weight")
 
     def _named(self, ending: str) -> dict[str, str]:
-        """Tensors whose name ends so, and the files they lie in."""
+        """Tensors whose name has this ending, with the file that each is in."""
         try:
             index = self._file(_INDEX, needed=False)
             if index is not None:
-                places = dict(parse_json(index.read_bytes())["weight_map"])
+                files = dict(parse_json(index.read_bytes())["weight_map"])
             else:
                 with safe_open(self._file(_WHOLE), framework="pt") as file:
-                    places = dict.fromkeys(file.keys(), _WHOLE)
+                    files = dict.fromkeys(file.keys(), _WHOLE)
         except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
             raise TargetError(f"{self.path} cannot be read: {shown(str(error))}. Copy or download it again.") from error
-        check_places(places.values(), self.path)
-        return {name: place for name, place in places.items() if name.endswith(ending)}
+        check_places(files.values(), self.path)
+        return {name: file for name, file in files.items() if name.endswith(ending)}
 
     def _tensor(self, ending: str) -> Tensor:
         found = self._named(ending)
@@ -77,9 +77,9 @@ class TargetFiles:
             raise TargetError(
                 f"{self.path} has {len(found)} tensors named *{ending}, expected one: copy or download it again."
             )
-        ((name, place),) = found.items()
+        ((name, location),) = found.items()
         try:
-            with safe_open(self._file(place), framework="pt") as file:
+            with safe_open(self._file(location), framework="pt") as file:
                 return file.get_tensor(name)
         except (SafetensorError, OSError) as error:
             raise TargetError(f"{self.path} cannot be read: {error}. Copy or download it again.") from error

@@ -1,4 +1,4 @@
-"""Devices in numbers, from their vendor's datasheets, and what is assumed of how well they are used."""
+"""Figures of devices from their vendor's datasheets, and assumptions about their use."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ class Device:
     """A GPU.
 
     Args:
-        tflops: dense bfloat16 tensor-core peak, 1e12 operations a second; ``float32``: float32 peak without TF32, as
-            torch multiplies by default.
-        bandwidth: of its memory, 1e9 bytes a second; ``memory`` in 1e9 bytes.
-        link: to other GPUs, one way, 1e9 bytes a second.
+        tflops: dense bfloat16 tensor-core peak, 1e12 operations per second; ``float32``: float32 peak without TF32,
+            torch's default.
+        bandwidth: of its memory, 1e9 bytes per second; ``memory`` in 1e9 bytes.
+        link: to other GPUs, one way, 1e9 bytes per second.
     """
 
     tflops: float
@@ -28,15 +28,15 @@ class Device:
     link: float
 
 
-#: As NVIDIA states them in the datasheet of each product: dense rates are half of those given "with sparsity", links
-#: one way half of the total. Where a datasheet gives none for float32 it is that of the CUDA cores.
+#: From NVIDIA's datasheet of each product: dense rates are half of those "with sparsity", one-way links half of the
+#: total. If a datasheet gives no float32 rate, it is that of the CUDA cores.
 DEVICES = {
     # "NVIDIA H100 Tensor Core GPU" datasheet: SXM, and PCIe (with PCIe 5.0 x16 alone).
     "H100": Device(989, 67, 3350, 80, 450),
     "H100-PCIe": Device(756, 51, 2000, 80, 64),
     # "NVIDIA H200 Tensor Core GPU" datasheet: SXM.
     "H200": Device(989, 67, 4800, 141, 450),
-    # "NVIDIA DGX B200" datasheet, an eighth of the system.
+    # "NVIDIA DGX B200" datasheet, one eighth of the system.
     "B200": Device(2250, 75, 8000, 180, 900),
     # "NVIDIA A100 Tensor Core GPU" datasheet: SXM of 80 GB, and of 40 GB.
     "A100": Device(312, 19.5, 2039, 80, 300),
@@ -50,23 +50,23 @@ DEVICES = {
 }
 
 Positive = Annotated[float, Field(gt=0)]
-Share = Annotated[float, Field(gt=0, le=1)]
+Fraction = Annotated[float, Field(gt=0, le=1)]
 
 
 @dataclass(frozen=True)
 class Assumptions:
-    """What a plan takes for granted; every field can be set as ``plan.NAME=VALUE``.
+    """Assumptions of a plan; every field can be set as ``plan.NAME=VALUE``.
 
     Args:
         gpu: a name of :data:`DEVICES`.
-        devices: of a machine, where the trainer takes all it finds (``trainer.devices=auto``).
+        devices: number on a machine if the trainer takes all it finds (``trainer.devices=auto``).
         tflops, float32_tflops, bandwidth, memory, link: replace the GPU's (see :class:`Device`).
-        utilisation: share of the arithmetic peak that large multiplications reach.
-        bandwidth_utilisation: share of the memory's and the links' bandwidth.
-        headroom: share of the memory left to CUDA's context, libraries and fragmentation.
-        launch_ms: milliseconds of the host for one layer's operations, where they are not compiled.
-        tau: tokens a verification yields.
-        prompt_tokens, response_tokens: of a text; None: the limits, so that the plan is an upper bound.
+        utilisation: fraction of the arithmetic peak that large multiplications reach.
+        bandwidth_utilisation: fraction of the memory's and the links' bandwidth.
+        headroom: fraction of the memory left for CUDA's context, libraries and fragmentation.
+        launch_ms: milliseconds of the host for the operations of one layer, unless compiled.
+        tau: tokens per verification.
+        prompt_tokens, response_tokens: per text; None: the limits, so that the plan is an upper bound.
     """
 
     gpu: str = "H100"
@@ -76,8 +76,8 @@ class Assumptions:
     bandwidth: Positive | None = None
     memory: Positive | None = None
     link: Positive | None = None
-    utilisation: Share = 0.4
-    bandwidth_utilisation: Share = 0.6
+    utilisation: Fraction = 0.4
+    bandwidth_utilisation: Fraction = 0.6
     headroom: Annotated[float, Field(ge=0, lt=1)] = 0.1
     launch_ms: Annotated[float, Field(ge=0)] = 0.4
     tau: Annotated[float, Field(ge=1)] = 4.0
@@ -86,14 +86,14 @@ class Assumptions:
 
     @property
     def device(self) -> Device:
-        """The GPU, with what was replaced.
+        """The GPU, with the replaced figures.
 
         Raises:
-            ConfigError: for a name that is none of :data:`DEVICES`.
+            ConfigError: for a name that is not in :data:`DEVICES`.
         """
         if self.gpu not in DEVICES:
             raise ConfigError(
-                f"plan.gpu={self.gpu} is none of {', '.join(DEVICES)}: choose one, and set what differs with "
+                f"plan.gpu={self.gpu} is not one of {', '.join(DEVICES)}: choose one, and replace figures with "
                 "plan.tflops, plan.float32_tflops, plan.bandwidth, plan.memory and plan.link."
             )
         given: dict[str, Any] = {

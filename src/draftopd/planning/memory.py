@@ -1,6 +1,6 @@
-"""Memory of one process, by part: what a run always holds, and what each moment adds.
+"""Memory of one process in bytes, by part: what is held during the whole run, and what each moment adds.
 
-All sizes are bytes. A phase's peak is its largest moment, each moment a sum of named parts.
+A moment is a sum of named parts. A phase's peak is its largest moment.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Parts = dict[str, float]
 
 
 class Moment(NamedTuple):
-    """A moment of a phase and what it holds, beside what is always held."""
+    """A moment of a phase and what it holds, beside what is held during the whole run."""
 
     name: str
     parts: Parts
@@ -46,7 +46,7 @@ class Sharing:
 
     Args:
         shards: processes that the target's layers are sharded over; 1: each has them whole.
-        buckets: gradients are held a second time, to be averaged over processes (DDP).
+        buckets: gradients are held twice, to be averaged over processes (DDP).
     """
 
     shards: int = 1
@@ -54,7 +54,7 @@ class Sharing:
 
 
 def resident(t: TargetSize, d: DrafterSize, sharing: Sharing, weight_bytes: int) -> Parts:
-    """What a run holds all the time, but for the gradients, which come and go with the backward."""
+    """What is held during the whole run. Gradients are not part of it: the backward allocates them."""
     trained = d.elements * weight_bytes
     parts: Parts = {
         "target weights": (t.layer_elements / sharing.shards + t.other_elements) * t.width_bytes,
@@ -62,7 +62,7 @@ def resident(t: TargetSize, d: DrafterSize, sharing: Sharing, weight_bytes: int)
         "optimizer states": 2 * trained,
     }
     if sharing.shards > 1:
-        # The layer at work, and the next one, which is fetched meanwhile.
+        # The layer being computed, and the next one, which is fetched at the same time.
         parts["gathered layers"] = 2 * t.layer_elements / t.layers * t.width_bytes
     if sharing.buckets:
         parts["gradient buckets"] = trained
@@ -70,9 +70,9 @@ def resident(t: TargetSize, d: DrafterSize, sharing: Sharing, weight_bytes: int)
 
 
 def forward_work(t: TargetSize, rows: int, queries: int, keys: int, joined: bool = False) -> float:
-    """The most that one forward of the target holds beside its results: the mask, and one layer.
+    """Peak memory of one forward of the target beside its results: the mask, and one layer.
 
-    ``queries`` and ``keys`` of each of ``rows`` sequences; ``joined``: a layer's keys and values are copied together.
+    ``queries`` and ``keys`` are per sequence of ``rows``; ``joined``: a layer's keys and values are concatenated.
     """
     v, tokens = t.width_bytes, rows * queries
     mask = tokens * keys * v
@@ -80,7 +80,7 @@ def forward_work(t: TargetSize, rows: int, queries: int, keys: int, joined: bool
     states = 3 * tokens * t.hidden * v
     repeated = 2 * rows * keys * width * v if t.heads > t.kv_heads else 0
     attention = repeated + tokens * (2 * width + 2 * kv) * v + 2 * rows * keys * kv * v * joined
-    # Experts see a copy of a token each; what comes out is weighted and put back in order.
+    # Each expert has its own copy of a token; the outputs are weighted and put back in order.
     routed = max(4 * t.top_k * t.hidden, t.top_k * t.hidden + 4 * t.mlp)
     mlp = tokens * (routed if t.experts else 3 * t.mlp) * v
     return mask + states + max(attention, mlp)
@@ -90,16 +90,16 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
     """The moments of a training step: replay, the loss, its backward pass and the optimizer."""
     v, w, c = t.width_bytes, step.weight_bytes, step.compute_bytes
     recorded, blocks = step.batch * step.tokens, step.batch * step.anchors
-    slots, places = blocks * (d.block - 1), blocks * d.block
+    slots = blocks * (d.block - 1)
     trained: Parts = {"gradients": d.elements * w}
     draft = kept(d, step, v)
     drafter = {"drafter activations": draft.context + draft.layers + draft.output}
     if c != w:
-        drafter["cast weights"] = d.elements * c  # autocast keeps what it has cast
+        drafter["cast weights"] = d.elements * c  # autocast keeps its casts
     rows = d.own_head or t.vocab
     at_once = rows_at_once(rows, step.gpu)
     chunk = min(slots, at_once) * rows
-    # A block-parallel drafter chooses all its slots' tokens together, the others one slot after the other.
+    # A block-parallel drafter chooses the tokens of all slots together, the others slot by slot.
     chosen = min(slots if d.kind == "dflash" else blocks, at_once) * rows * _logits(v)
 
     moments, held = [], dict(trained)
@@ -118,7 +118,7 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
         work = forward_work(t, step.batch, queries, keys, joined=True)
         work += step.batch * queries * d.taps * t.hidden * v
         best = min(slots, rows_at_once(t.vocab, step.gpu)) * t.vocab * _logits(v)
-        every = places * t.hidden * v  # in chunks of blocks, in the end joined
+        every = blocks * d.block * t.hidden * v  # in chunks of blocks, concatenated at the end
         scored: Parts = {
             "scored states": every + draft.output,
             "one target layer or its logits": max(work, best, every),
@@ -129,25 +129,25 @@ def training_step(t: TargetSize, d: DrafterSize, step: Step) -> Phase:
         compared = LOGIT_COPIES[slots > some] * min(slots, some) * t.vocab * FLOAT
         scored = {"scored states": 2 * along + draft.output}
         moments.append(Moment("measure", held | drafter | scored | {"logits of a chunk": compared}))
-    # What is used of both sides' states, and the gradient of the drafter's, in parts and joined.
+    # The used states of target and drafter, and the gradient of the drafter's states, in parts and concatenated.
     aims = 0.0 if step.scope == "none" else along
     used = {"states used by the loss": 2 * aims + 3 * draft.output}
     copies = {"logits of a chunk": step.loss_copies * chunk * FLOAT}
     moments.append(Moment("loss", trained | drafter | used | copies))
     moments += _backward(d, step, draft, drafter, chunk)
-    # AdamW takes the root of all second moments at once.
+    # AdamW computes the root of all second moments at once.
     moments.append(Moment("optimizer", trained | {"optimizer at work": d.elements * w}))
     return Phase("training step", moments)
 
 
 def _backward(d: DrafterSize, step: Step, draft: Kept, drafter: Parts, chunk: float) -> list[Moment]:
-    """Activations go as gradients come, layer by layer: either the first or the last layer needs most."""
+    """Layer by layer, activations are freed and gradients allocated: the peak is at the first or the last layer."""
     w = step.weight_bytes
     head = d.own_head * d.hidden * w
     each = (d.elements * w - head) / d.layers
     begin = drafter | {"backward of a layer": draft.backward + 2 * draft.output}
     if d.kind != "dflash":
-        # Every step goes through the one layer, whose gradients are all there from the first on.
+        # Every step uses the same layer, whose gradients are all held from the first step of the backward.
         begin["gradients"] = d.elements * w - head
     end = {
         "gradients": d.elements * w - each,
@@ -156,14 +156,14 @@ def _backward(d: DrafterSize, step: Step, draft: Kept, drafter: Parts, chunk: fl
     }
     moments = [Moment("backward begins", begin), Moment("backward ends", end)]
     if d.own_head:
-        # Under a head that learns, a chunk's logits are computed again, and give it a gradient too.
+        # A trained head needs its own gradient, from a chunk's logits that are computed again.
         parts = {"logits of a chunk": (step.loss_copies - 1) * chunk * FLOAT, "gradients": 2 * head}
         moments.append(Moment("backward of the head", drafter | parts))
     return moments
 
 
 def _logits(v: int) -> int:
-    """Bytes of a logit as it comes: in the head's precision, and in float32."""
+    """Bytes of a logit: in the head's precision, and in float32."""
     return FLOAT + (v if v < FLOAT else 0)
 
 
@@ -173,10 +173,10 @@ class Decoding:
 
     Args:
         rows: prompts decoded together.
-        prompt, response: tokens of each, at most.
+        prompt, response: maximum tokens of each.
         weight_bytes, compute_bytes: of the drafter (see :class:`~draftopd.planning.sizes.Step`).
         sampled: above temperature 0, where verification holds both distributions.
-        capacity_step: what the caches' length is rounded up to.
+        capacity_step: the caches' length is rounded up to a multiple of this.
     """
 
     rows: int
@@ -189,7 +189,7 @@ class Decoding:
 
 
 def decoding(name: str, t: TargetSize, d: DrafterSize, run: Decoding) -> Phase:
-    """The moments of decoding a batch: reading the prompts, and a step of a block a row near the end."""
+    """The moments of decoding a batch: reading the prompts, and a step near the end, with one block per row."""
     v, w = t.width_bytes, run.weight_bytes
     capacity = run.prompt + run.response + d.block
     capacity = -(-capacity // run.capacity_step) * run.capacity_step
@@ -203,35 +203,33 @@ def decoding(name: str, t: TargetSize, d: DrafterSize, run: Decoding) -> Phase:
     block = run.rows * d.block
     visible = run.prompt + run.response
     width = d.heads * d.head_dim
-    # Target and drafter take turns. The drafter's joins its context to its block, for every head where not fused.
+    # Target and drafter take turns. The drafter concatenates context and block, for every head unless fused.
     drafting = run.rows * (visible + d.block) * 2 * (kv + width) * w + block * 3 * d.mlp * w
     logits = block * t.vocab * _logits(v)
     if run.sampled:
         logits += 3 * block * t.vocab * FLOAT
     caches: Parts = {"target cache": cache, "drafter cache": drafter_cache}
     working = max(forward_work(t, run.rows, d.block, visible + d.block), drafting, logits)
-    return Phase(
-        name, [Moment("prompts", prompts), Moment("decoding", caches | {"one step": working})]
-    )  # fmt: skip
+    return Phase(name, [Moment("prompts", prompts), Moment("decoding", caches | {"one step": working})])
 
 
 def walking(t: TargetSize, d: DrafterSize, run: Decoding, blocks_at_once: int) -> Phase:
-    """The moments of finding anchors on texts that are there: reading them, and drafting at every position at once."""
+    """The moments of finding anchors on recorded texts: reading them, and drafting at every position at once."""
     tokens, w = run.prompt + run.response, run.weight_bytes
     features: Parts = {"features": run.rows * tokens * d.taps * t.hidden * t.width_bytes}
     part = min(run.rows, max(1, READ_TOKENS // tokens))
     read = features | {"one target layer": forward_work(t, part, tokens, tokens) + features["features"]}
     kv = d.kv_heads * d.head_dim
     caches: Parts = {"drafter cache": run.rows * tokens * 2 * d.layers * kv * w}
-    places = min(blocks_at_once, run.rows * run.response) * (d.block if d.kind == "dflash" else 1)
-    working = places * (3 * d.mlp + 3 * d.hidden + 3 * d.heads * d.head_dim) * w
+    slots = min(blocks_at_once, run.rows * run.response) * (d.block if d.kind == "dflash" else 1)
+    working = slots * (3 * d.mlp + 3 * d.hidden + 3 * d.heads * d.head_dim) * w
     return Phase("walk", [Moment("read", read), Moment("draft", features | caches | {"drafter at work": working})])
 
 
 def by_moment(step: Phase) -> dict[str, float]:
-    """The moments of a first training step as ``benchmarks/speed/peaks.py`` measures them.
+    """Bytes of each moment of a first training step, as ``benchmarks/speed/peaks.py`` measures them.
 
-    A first step has no gradients before its backward, whose moments count as one; the optimizer is no part of it.
+    A first step has no gradients before its backward, whose moments count as one; the optimizer is left out.
     """
     found: dict[str, float] = {}
     for name, parts in step.moments:

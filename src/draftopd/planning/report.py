@@ -12,7 +12,7 @@ GIB = 2**30
 
 
 def print_plan(run: Run, given: Assumptions, source: str, console: Console | None = None) -> None:
-    """Memory by phase and part, time by part, and whether the run fits."""
+    """Print memory by phase and part, time by part, and whether the run fits."""
     console = console or Console(highlight=False)
     t, d, step = run.target, run.drafter, run.step
     active = f", {t.active_elements / 1e9:.2f} B active in its layers" if t.experts else ""
@@ -32,7 +32,7 @@ def print_plan(run: Run, given: Assumptions, source: str, console: Console | Non
         console.print(line, soft_wrap=True)
     console.print(
         f"Estimates. Assumed: {given.utilisation:.0%} of peak arithmetic, {given.bandwidth_utilisation:.0%} of "
-        f"bandwidth, {given.launch_ms} ms of the host a layer, tau {given.tau}, {given.headroom:.0%} of memory left "
+        f"bandwidth, {given.launch_ms} ms of the host per layer, tau {given.tau}, {given.headroom:.0%} of memory left "
         f"free, texts of {run.mean_prompt} + {run.mean_response} tokens on average; set them with plan.NAME=VALUE.",
         soft_wrap=True,
     )
@@ -45,10 +45,9 @@ def _memory(run: Run) -> Table:
     for phase in phases:
         table.add_column(f"{phase.name}\n({phase.peak.name})", justify="right")
     resident = run.resident()
-    names = dict.fromkeys(name for phase in phases for name in phase.peak.parts)
     for name, size in resident.items():
         table.add_row(name, *[_gib(size)] * len(phases))
-    for name in names:
+    for name in dict.fromkeys(name for phase in phases for name in phase.peak.parts):
         table.add_row(name, *(_gib(phase.peak.parts[name]) if name in phase.peak.parts else "" for phase in phases))
     held = sum(resident.values())
     table.add_section()
@@ -64,14 +63,13 @@ def _time(run: Run, given: Assumptions) -> Table:
         if part.seconds(given):
             table.add_row(f"step: {name}", f"{part.operations / 1e12:,.2f}", f"{part.seconds(given):,.3f}")
     table.add_section()
-    found = run.seconds(given)
-    for name, seconds in found.items():
+    for name, seconds in run.seconds(given).items():
         table.add_row(f"run: {name}", "", f"{seconds:,.0f}")
     return table
 
 
 def verdict(run: Run, given: Assumptions) -> list[str]:
-    """Steps, tokens, hours, whether the run fits, and what to change where it does not."""
+    """Steps, tokens, hours, whether the run fits, and which changes would make it fit."""
     batches = run.batches * run.epochs
     tokens = batches * run.devices * run.mean.batch * run.mean.tokens
     hours = sum(run.seconds(given).values()) / 3600
@@ -81,16 +79,15 @@ def verdict(run: Run, given: Assumptions) -> list[str]:
     ]
     limit = given.device.memory * 1e9 * (1 - given.headroom)
     peak = run.peak()
-    room = f"of {_gib(given.device.memory * 1e9)}, {_gib(limit)} of which may be taken"
+    room = f"of {_gib(given.device.memory * 1e9)}, {_gib(limit)} of which can be used"
     if peak <= limit:
         return [*lines, f"Fits: {_gib(peak)} GiB at most, {room}."]
-    lines.append(f"Does not fit: {_gib(peak)} GiB, {room}. What would help, one on top of the other:")
-    least = peak
+    lines.append(f"Does not fit: {_gib(peak)} GiB, {room}. These changes would help, each on top of those before:")
     for change, changed in run.to_fit(limit):
-        least = changed.peak()
-        lines.append(f"  {change}: {_gib(least)} GiB{', fits' if least <= limit else ''}")
-    if least > limit:
-        lines.append("  None of these is enough: take a GPU with more memory (plan.gpu).")
+        peak = changed.peak()
+        lines.append(f"  {change}: {_gib(peak)} GiB{', fits' if peak <= limit else ''}")
+    if peak > limit:
+        lines.append("  None of these is enough: use a GPU with more memory (plan.gpu).")
     return lines
 
 

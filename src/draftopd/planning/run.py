@@ -1,4 +1,4 @@
-"""A whole run in numbers: its phases' memory, its time, and what to change where it does not fit."""
+"""Memory of a run's phases, its time, and changes that make it fit."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ class Texts:
     """Where a refresh's texts come from.
 
     Args:
-        decoding: how this process decodes them; None: they are there, or a server decodes them.
-        drafted: with the drafter's help.
-        walk: how anchors are found on them without decoding; None: they are not.
+        decoding: how this process decodes them; None: they are recorded, or a server decodes them.
+        drafted: this process decodes them with the drafter.
+        walk: how anchors are found on them without decoding; None: by decoding.
         blocks_at_once: see :class:`~draftopd.rollout.walk.Walker`.
-        fresh: the walk is done in every training step instead of once per refresh.
-        decoded_by: the configuration group whose ``batch_size`` the decoding has.
+        fresh: anchors are found in every training step instead of once per refresh.
+        decoded_by: the configuration group with the decoding's ``batch_size``.
     """
 
     decoding: Decoding | None
@@ -34,14 +34,14 @@ class Texts:
 
 @dataclass(frozen=True)
 class Run:
-    """A run's sizes, each process's own.
+    """Sizes of a run, per process.
 
     Args:
-        mean: the training step as it is on average, by which time is planned; ``step`` is the largest.
+        step: the largest training step, for memory; ``mean``: the average one, for time.
         used, proposes, every: see :func:`draftopd.planning.work.training_step`.
-        batches: training batches an epoch; ``prompts``, ``validation_prompts`` of all processes together.
-        refreshes, validations: how many in the run.
-        mean_prompt, mean_response: tokens of a text on average.
+        batches: training batches per epoch; ``prompts``, ``validation_prompts``: of all processes together.
+        refreshes, validations: their number in the run.
+        mean_prompt, mean_response: average tokens per text.
     """
 
     target: TargetSize
@@ -67,34 +67,30 @@ class Run:
     compiled: bool = False
 
     def resident(self) -> Parts:
-        """What is held all the time."""
+        """What is held during the whole run."""
         return memory.resident(self.target, self.drafter, self.sharing, self.step.weight_bytes)
 
     def phases(self) -> list[Phase]:
-        """Training step, rollout, walk and validation, as far as the run has them."""
+        """The training step, and those of rollout, walk and validation that the run has."""
         t, d = self.target, self.drafter
-        phases = [memory.training_step(t, d, self.step)]
+        phases = []
         if self.texts.decoding:
             phases.append(memory.decoding("rollout", t, d, self.texts.decoding))
         if self.texts.walk:
             phases.append(memory.walking(t, d, self.texts.walk, self.texts.blocks_at_once))
         if self.validations:
             phases.append(memory.decoding("validation", t, d, self.validation))
-        return [self._with_gradients(phase) for phase in phases]
-
-    def _with_gradients(self, phase: Phase) -> Phase:
-        """Outside the training step, the last step's gradients are still held."""
-        if phase.name == "training step":
-            return phase
-        held = {"gradients": self.drafter.elements * self.step.weight_bytes}
-        return Phase(phase.name, [moment._replace(parts=held | moment.parts) for moment in phase.moments])
+        # Outside the training step, the last step's gradients are still held.
+        held = {"gradients": d.elements * self.step.weight_bytes}
+        phases = [Phase(name, [m._replace(parts=held | m.parts) for m in moments]) for name, moments in phases]
+        return [memory.training_step(t, d, self.step), *phases]
 
     def peak(self) -> float:
-        """Bytes of the largest moment of all."""
+        """Bytes held at the run's largest moment."""
         return sum(self.resident().values()) + max(phase.peak.bytes for phase in self.phases())
 
     def step_work(self) -> dict[str, work.Work]:
-        """One training step by part."""
+        """The work of one training step, by part."""
         parts = work.training_step(
             self.target, self.drafter, self.mean, self.sharing, self.used, self.proposes, self.every
         )
@@ -103,7 +99,7 @@ class Run:
         return parts
 
     def seconds(self, given: Assumptions) -> dict[str, float]:
-        """What the parts of a run take at least, each in all."""
+        """Minimum seconds of each part of the run, in total."""
         t, d = self.target, self.drafter
         step = sum(part.seconds(given) for part in self.step_work().values())
         found = {"training steps": step * self.batches * self.epochs}
@@ -113,13 +109,11 @@ class Run:
             one = self._decoding(given, texts.decoding, texts.drafted)
             found["rollouts"] = one * batches * self.refreshes
         if texts.walk:
+            rows, times = texts.walk.rows, self.refreshes * self.prompts / self.devices / texts.walk.rows
             if texts.fresh:
-                renewed = replace(self._mean(texts.walk), rows=self.step.batch)
-                one = work.walking(t, d, renewed, given.tau, False, self.sharing).seconds(given)
-                found["anchors"] = one * self.batches * self.epochs
-            else:
-                one = work.walking(t, d, self._mean(texts.walk), given.tau, True, self.sharing).seconds(given)
-                found["anchors"] = one * self.refreshes * self.prompts / self.devices / texts.walk.rows
+                rows, times = self.step.batch, self.batches * self.epochs
+            walk = replace(self._mean(texts.walk), rows=rows)
+            found["anchors"] = work.walking(t, d, walk, given.tau, not texts.fresh, self.sharing).seconds(given) * times
         if self.validations:
             batches = -(-self.validation_prompts // (self.devices * self.validation.rows))
             found["validations"] = self._decoding(given, self.validation, True) * batches * self.validations
@@ -134,7 +128,7 @@ class Run:
         return prompts.seconds(given) + steps.seconds(given, self.compiled)
 
     def to_fit(self, limit: float) -> Iterator[tuple[str, Run]]:
-        """Changes, each on top of the ones before, until the run fits; the last may not do it."""
+        """Changes, each on top of those before, until the run fits or no change makes it smaller."""
         run = self
         while run.peak() > limit:
             phase = max(run.phases(), key=lambda phase: phase.peak.bytes).name
@@ -145,7 +139,7 @@ class Run:
             yield change
 
     def _changes(self, phase: str) -> Iterator[tuple[str, Run]]:
-        """What makes a phase smaller, the cheapest in time or quality first."""
+        """Changes that make a phase smaller, in order of their cost in time or quality."""
         step, texts = self.step, self.texts
         if phase == "training step" and not step.checkpointing:
             yield "drafter.activation_checkpointing=true", self._stepped(lambda s: replace(s, checkpointing=True))
@@ -172,8 +166,8 @@ class Run:
                 replace(self._stepped(lambda s: replace(s, batch=half)), batches=self.batches * step.batch // half),
             )
         if phase == "training step" and step.anchors > 64:
-            most = step.anchors // 2
-            yield f"data.anchors_per_sequence={most}", self._stepped(lambda s: replace(s, anchors=min(s.anchors, most)))
+            few = step.anchors // 2
+            yield f"data.anchors_per_sequence={few}", self._stepped(lambda s: replace(s, anchors=min(s.anchors, few)))
         if self.sharing.shards == 1:
             devices = max(2, self.devices)
             yield f"trainer=fsdp trainer.devices={devices}", self._sharded(devices)

@@ -1,4 +1,4 @@
-"""Targets on the meta device: every parameter counted, none loaded."""
+"""Targets on the meta device: parameters are counted and not loaded."""
 
 from __future__ import annotations
 
@@ -12,30 +12,30 @@ from draftopd.io.hub import local_only, resolve, unavailable
 from draftopd.planning.sizes import TargetSize
 from draftopd.targets.target import Target
 
-#: Shapes of the configured targets, for where neither a directory nor the hub gives them.
+#: Shapes of the configured targets, used if neither a directory nor the hub gives them.
 KNOWN = Path(__file__).parent / "known_shapes"
 
 
 def shape_of(path: str, revision: str | None = None, trust_remote_code: bool = False) -> tuple[PreTrainedConfig, str]:
-    """A target's config, and where it came from.
+    """A target's config, and its source.
 
     Args:
         path: a directory with ``config.json`` (nothing else is read), ``bundled:NAME``, or a name on the hub.
 
     Raises:
-        TargetError: if none of these has it, with what to do.
+        TargetError: if none of these has the config.
     """
-    place = resolve(path)
+    found = resolve(path)
     try:
         config = AutoConfig.from_pretrained(
-            place, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_only(place)
+            found, revision=revision, trust_remote_code=trust_remote_code, local_files_only=local_only(found)
         )
     except (OSError, ValueError, KeyError) as error:
         known = KNOWN / f"{path.rsplit('/', 1)[-1]}.json"
-        if isinstance(error, OSError) and not Path(place).exists() and known.is_file():
-            found = AutoConfig.from_pretrained(known)
-            return found, f"{path} as draftopd knows its shape: neither a directory nor the hub gave its config.json"
-        hint = " A plan needs its config.json alone: put it into a directory, and name that with target.path=DIR."
+        if isinstance(error, OSError) and not Path(found).exists() and known.is_file():
+            source = f"{path} as draftopd knows its shape: neither a directory nor the hub gave its config.json"
+            return AutoConfig.from_pretrained(known), source
+        hint = " A plan needs only its config.json: put it into a directory, and use target.path=DIR."
         raise TargetError(unavailable(path, error) + hint) from error
     return config, path
 
@@ -44,15 +44,15 @@ def target_of(config: PreTrainedConfig, dtype: str = "auto") -> tuple[Target, Ta
     """A target on the meta device, and its size at the precision it is loaded in.
 
     Raises:
-        TargetError: if it is no causal LM that draftopd takes.
+        TargetError: if it is not a causal LM that draftopd supports.
     """
     own = getattr(config.get_text_config(), "dtype", None) or config.dtype or torch.float32
     precision = own if dtype == "auto" else getattr(torch, dtype, None)
     if not isinstance(precision, torch.dtype):
-        raise TargetError(f"target.dtype={dtype} is no precision of torch: use auto, bfloat16, float16 or float32.")
+        raise TargetError(f"target.dtype={dtype} is not a precision of torch: use auto, bfloat16, float16 or float32.")
     try:
         with torch.device("meta"):
             target = Target(AutoModelForCausalLM.from_config(config, dtype=precision))
     except (ValueError, KeyError, AttributeError) as error:
-        raise TargetError(f"The target's config.json describes no causal LM that can be built: {error}") from error
+        raise TargetError(f"No causal LM can be built from the target's config.json: {error}") from error
     return target, TargetSize.of(target, precision.itemsize)

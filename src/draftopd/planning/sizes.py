@@ -1,11 +1,9 @@
-"""What of a target, a drafter and a step decides memory and time: numbers alone, read off models without weights."""
+"""The numbers of a target, a drafter and a step that determine memory and time, read from models without weights."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
-
-from torch import nn
 
 from draftopd.drafters.attention import DraftAttention
 from draftopd.drafters.base import Drafter
@@ -13,11 +11,11 @@ from draftopd.errors import DrafterError
 from draftopd.replay.blocks import Scope
 from draftopd.targets.target import Target
 
-#: How attention of the drafter runs: ``flex`` takes all blocks at once, ``chunks`` goes chunk by chunk (on a CPU),
-#: ``expanded`` too with keys and values repeated for all heads (on a GPU), ``math`` holds every score.
+#: How the drafter's attention is computed: ``flex`` for all blocks at once, ``chunks`` chunk by chunk (on a CPU),
+#: ``expanded`` likewise with keys and values repeated for all heads (on a GPU), ``math`` with every score in memory.
 Attention = Literal["flex", "chunks", "expanded", "math"]
 
-#: Drafters that a plan is known for.
+#: Drafters that can be planned.
 Kind = Literal["dflash", "eagle3", "mtp"]
 
 
@@ -26,11 +24,11 @@ class TargetSize:
     """A target in numbers of elements.
 
     Args:
-        mlp: width of the MLP that one token passes through, all its experts together.
-        layer_elements: weights of all layers, ``expert_elements`` of routed experts among them.
-        other_elements: embedding, LM head and norms, tied ones once.
-        top_k, experts: experts of a token, and of a layer; 0 where layers are dense.
-        width_bytes: of one weight, and of one value of its states.
+        mlp: width of the MLP for one token, all its experts together.
+        layer_elements: weights of all layers, including ``expert_elements`` of routed experts.
+        other_elements: embedding, LM head and norms; tied weights count once.
+        top_k, experts: experts per token, and per layer; 0 if layers are dense.
+        width_bytes: per weight, and per value of its states.
     """
 
     hidden: int
@@ -53,18 +51,18 @@ class TargetSize:
 
     @property
     def active_elements(self) -> float:
-        """Weights of the layers that one token is multiplied with."""
-        share = self.top_k / self.experts if self.experts else 1.0
-        return self.layer_elements - self.expert_elements * (1 - share)
+        """Weights of the layers that are used for one token."""
+        routed = self.top_k / self.experts if self.experts else 1.0
+        return self.layer_elements - self.expert_elements * (1 - routed)
 
     @property
     def kv_elements(self) -> int:
-        """Elements of the cache for one token of a text."""
+        """Elements of the cache per token of a text."""
         return 2 * self.layers * self.kv_heads * self.head_dim
 
     @classmethod
     def of(cls, target: Target, width_bytes: int) -> TargetSize:
-        """Read off a target, which may lie on the meta device."""
+        """The size of a target, which may be on the meta device."""
         config = target.config
         layers = {name: p.numel() for name, p in target.body.layers.named_parameters()}
         experts = next((int(n) for k in ("num_experts", "num_local_experts") if (n := getattr(config, k, None))), 0)
@@ -87,10 +85,10 @@ class DrafterSize:
     """A drafter in numbers of elements.
 
     Args:
-        kind: ``dflash`` drafts a block at once; ``eagle3`` and ``mtp`` go token by token through one layer.
-        taps: layers of the target that it reads, ``last_tap`` the deepest; the number of layers stands for the norm.
-        elements: trained weights; ``frozen_elements`` others.
-        own_head: rows of its own LM head; 0 where it shares the target's.
+        kind: ``dflash`` drafts a block at once; ``eagle3`` and ``mtp`` draft token by token with one layer.
+        taps: number of tapped layers; ``last_tap``: the deepest, where the number of layers means the norm.
+        elements: trained weights; ``frozen_elements``: the others.
+        own_head: rows of its own LM head; 0 if it uses the target's.
     """
 
     kind: Kind
@@ -109,18 +107,22 @@ class DrafterSize:
 
     @classmethod
     def of(cls, drafter: Drafter) -> DrafterSize:
-        """Read off a drafter, which may lie on the meta device."""
+        """The size of a drafter, which may be on the meta device.
+
+        Raises:
+            DrafterError: if drafters of its kind cannot be planned.
+        """
         if drafter.kind not in get_args(Kind):
-            raise DrafterError(f"No plan is known for drafter={drafter.kind}: choose from {', '.join(get_args(Kind))}.")
+            raise DrafterError(f"There is no plan for drafter={drafter.kind}: choose from {', '.join(get_args(Kind))}.")
         layers: Any = drafter.config.layers  # type: ignore[attr-defined]
         attention = [m for m in drafter.modules() if isinstance(m, DraftAttention)]
         trained = sum(p.numel() for p in drafter.parameters() if p.requires_grad)
+        frozen = sum(p.numel() for p in drafter.parameters()) - trained
         return cls(
             kind=drafter.kind, hidden=layers.hidden_size, layers=len(attention), heads=layers.num_attention_heads,  # type: ignore[arg-type]
             kv_heads=layers.num_key_value_heads, head_dim=layers.head_dim, mlp=layers.intermediate_size,
             block=drafter.block_size, taps=len(drafter.target_layer_ids), last_tap=max(drafter.target_layer_ids),
-            elements=trained, frozen_elements=_count(drafter) - trained,
-            own_head=drafter.config.own_head,
+            elements=trained, frozen_elements=frozen, own_head=drafter.config.own_head,
         )  # fmt: skip
 
 
@@ -129,14 +131,14 @@ class Step:
     """A process's own training step.
 
     Args:
-        batch, tokens, anchors: sequences, tokens of each with padding, anchors replayed in each.
-        weight_bytes: of the drafter's weights, gradients and optimizer states.
-        compute_bytes: of what autocast computes in; the same where there is none.
-        scope: what of the target the loss needs.
+        batch: sequences; ``tokens`` per sequence with padding; ``anchors`` replayed per sequence.
+        weight_bytes: per value of the drafter's weights, gradients and optimizer states.
+        compute_bytes: per value of autocast's precision; without autocast, equal to ``weight_bytes``.
+        scope: the target's states that the loss needs.
         loss_copies: logits-sized tensors in float32 that the loss holds at once for a chunk.
-        gpu: it runs on a GPU, where chunks of logits are larger.
+        gpu: whether it runs on a GPU, where chunks of logits are larger.
         prompt: tokens before the first anchor.
-        measured: the target also scores the proposals to log agreement (every ``log_every_n_steps``).
+        measured: whether the target also scores the proposals to log agreement (every ``log_every_n_steps``).
     """
 
     batch: int
@@ -151,7 +153,3 @@ class Step:
     attention: Attention = "chunks"
     prompt: int = 0
     measured: bool = True
-
-
-def _count(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters())

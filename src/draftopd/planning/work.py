@@ -1,7 +1,7 @@
-"""Operations and bytes moved, and the seconds that they take at least on a device.
+"""Operations, bytes moved, and the minimum seconds that they take on a device.
 
-A multiplication and an addition count as two operations. Seconds are a roofline's: operations at the assumed share of
-the peak, bytes at that of the bandwidth, whichever is more, and no less than the host needs to launch them.
+A multiplication and an addition count as two operations. Seconds follow the roofline model: the maximum of the times
+for operations, for bytes (both at the assumed fraction of the device's peak), and for launches by the host.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from draftopd.targets.target import MAX_BLOCK_QUERIES
 
 @dataclass(frozen=True)
 class Work:
-    """Operations in half precision and in float32, bytes read from memory and fetched from other devices.
+    """Operations in half precision and in float32, and bytes read from memory and fetched from other devices.
 
-    ``layers``: launched by the host one after another.
+    ``layers`` counts the layers that the host launches, one after another.
     """
 
     half: float = 0.0
@@ -28,8 +28,7 @@ class Work:
     layers: float = 0.0
 
     def __add__(self, other: Work) -> Work:
-        pairs = zip(vars(self).values(), vars(other).values(), strict=True)
-        return Work(*(a + b for a, b in pairs))
+        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def __mul__(self, times: float) -> Work:
         return Work(*(times * value for value in vars(self).values()))
@@ -39,7 +38,7 @@ class Work:
         return self.half + self.single
 
     def seconds(self, given: Assumptions, compiled: bool = False) -> float:
-        """The roofline's."""
+        """Minimum seconds, by the roofline model."""
         device = given.device
         arithmetic = (self.half / device.tflops + self.single / device.float32) / 1e12 / given.utilisation
         moved = self.read / device.bandwidth / 1e9 / given.bandwidth_utilisation
@@ -49,38 +48,37 @@ class Work:
 
 
 def counted(operations: float, width_bytes: int) -> Work:
-    """Operations at a precision."""
+    """Operations in the precision of this width."""
     return Work(half=operations) if width_bytes <= 2 else Work(single=operations)
 
 
 def target_forward(
     t: TargetSize, tokens: float, keys: float, sharing: Sharing, depth: int | None = None, forwards: int = 1
 ) -> Work:
-    """The target over ``tokens``, each of which sees ``keys`` (masked ones cost the same), in so many forwards.
+    """The target over ``tokens`` in ``forwards``, without the LM head; each token attends to ``keys``, masked or not.
 
-    ``depth``: layers computed; None: all. The LM head is left out.
+    ``depth``: layers computed; None: all.
     """
-    share = 1.0 if depth is None else depth / t.layers
+    part = 1.0 if depth is None else depth / t.layers
     scores = 4 * tokens * keys * t.layers * t.heads * t.head_dim
-    whole = counted(share * (2 * t.active_elements * tokens + scores), t.width_bytes)
-    weights = t.layer_elements * share * t.width_bytes
-    moved = touched(t, tokens / forwards) * share * t.width_bytes * forwards
+    whole = counted(part * (2 * t.active_elements * tokens + scores), t.width_bytes)
+    weights = t.layer_elements * part * t.width_bytes
+    moved = touched(t, tokens / forwards) * part * t.width_bytes * forwards
     fetched = weights * forwards * (sharing.shards - 1) / sharing.shards
-    return whole + Work(read=moved, fetched=fetched, layers=share * t.layers * forwards)
+    return whole + Work(read=moved, fetched=fetched, layers=part * t.layers * forwards)
 
 
 def touched(t: TargetSize, tokens: float) -> float:
-    """Weights of the layers that a forward over so many tokens reads, experts chosen as if at random."""
+    """Weights of the layers that a forward over ``tokens`` reads, if experts are chosen at random."""
     if not t.experts:
         return t.layer_elements
-    share = 1 - (1 - t.top_k / t.experts) ** tokens
-    return t.layer_elements - t.expert_elements * (1 - share)
+    return t.layer_elements - t.expert_elements * (1 - t.top_k / t.experts) ** tokens
 
 
 def drafter_forward(d: DrafterSize, recorded: float, blocks: float, keys: float, width_bytes: int) -> Work:
-    """The drafter over ``recorded`` tokens and ``blocks``, each of whose slots sees ``keys``; the LM head left out."""
+    """The drafter over ``recorded`` tokens and ``blocks``, without the LM head; each slot attends to ``keys``."""
     width, kv = d.heads * d.head_dim, d.kv_heads * d.head_dim
-    first = d.hidden * (2 if d.kind == "eagle3" else 1)  # into the attention
+    first = d.hidden * (2 if d.kind == "eagle3" else 1)  # width of the attention's input
     entry = 4 * d.hidden * d.hidden if d.kind == "mtp" else 0
     row = 2 * first * (width + 2 * kv) + 2 * width * d.hidden + 6 * d.hidden * d.mlp + entry + 4 * keys * width
     fused = 0 if d.kind == "mtp" else 2 * d.taps * d.hidden * d.hidden
@@ -96,9 +94,9 @@ def training_step(
     """A training step by part.
 
     Args:
-        used: share of the slots that the loss looks at.
-        proposes: the loss needs the drafter's proposals.
-        every: steps between those that measure agreement, for which the target scores what it need not otherwise.
+        used: fraction of the slots that the loss uses.
+        proposes: whether the loss needs the drafter's proposals.
+        every: agreement is measured every this many steps, for which the target may have to score the proposals.
     """
     recorded, blocks = step.batch * step.tokens, step.batch * step.anchors
     slots = blocks * (d.block - 1)
@@ -112,9 +110,9 @@ def training_step(
     score = target_forward(t, blocks * d.block, step.tokens + MAX_BLOCK_QUERIES, sharing, forwards=chunks)
     score += counted(slots * whole, v)
     forward = drafter_forward(d, recorded, blocks, step.tokens, c)
-    passes = 4 if step.checkpointing else 3  # backward: as much again for states, and for weights
-    loss = head * (2 if not d.own_head else 4)  # forward and states' gradient; recomputed, and weights'
-    loss += 0 if step.scope == "none" else whole
+    passes = 4 if step.checkpointing else 3  # backward: one pass for states and one for weights
+    loss = head * (2 if not d.own_head else 4)  # forward and gradient of states; recomputation and gradient of weights
+    loss += 0 if features_only else whole
     return {
         "target reads": target_forward(t, recorded, step.tokens, sharing, depth),
         "target scores": score * scoring,
@@ -126,7 +124,7 @@ def training_step(
 
 
 def decoding(t: TargetSize, d: DrafterSize | None, run: Decoding, sharing: Sharing, tau: float) -> tuple[Work, Work]:
-    """Decoding a batch: reading the prompts, and all steps of blocks after them; without a drafter, of tokens."""
+    """Decoding a batch: reading the prompts, and all steps after it, of a block or (without a drafter) a token."""
     v, w = t.width_bytes, run.weight_bytes
     block = d.block if d else 1
     prompts = target_forward(t, run.rows * run.prompt, run.prompt, sharing)
@@ -145,7 +143,7 @@ def decoding(t: TargetSize, d: DrafterSize | None, run: Decoding, sharing: Shari
 
 
 def walking(t: TargetSize, d: DrafterSize, run: Decoding, tau: float, reads: bool, sharing: Sharing) -> Work:
-    """Finding a batch's anchors on texts that are there, with the target's reading where ``reads``."""
+    """Finding a batch's anchors on recorded texts, including the target's forward over them if ``reads``."""
     tokens = run.prompt + run.response
     read = target_forward(t, run.rows * tokens, tokens, sharing, min(t.layers, d.last_tap + 1)) if reads else Work()
     step = drafter_forward(d, 0, run.rows, tokens / 2, run.compute_bytes) + Work(read=d.elements * run.weight_bytes)
