@@ -137,7 +137,7 @@ def test_one_bad_micro_batch_skips_the_step_and_is_the_one_kept(
 def test_too_many_in_a_row_end_the_run(make_module: Callable[..., DraftModule], tmp_path: Path) -> None:
     module = make_module(Failing("nan", (0, 2, 3, 4)), max_skipped_in_a_row=2, keep_nonfinite=2)
     before = {k: v.clone() for k, v in module.drafter.state_dict().items()}
-    with pytest.raises(NumericsError, match="loss is nan at step 4, and 3 steps in a row .* Lower module.learning"):
+    with pytest.raises(NumericsError, match="loss is nan at step 4, and 3 steps in a row .* Lower optimizer.lr"):
         fit(module, batches(module, 6), tmp_path)
     after = module.drafter.state_dict()
     assert all(value.isfinite().all() for value in after.values())
@@ -174,7 +174,7 @@ def test_a_full_disk_costs_the_batch_and_not_the_run(
 def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step-1.safetensors"
     path.write_bytes(content)
-    with pytest.raises(FileError, match="step-1.safetensors is no kept batch, or damaged"):
+    with pytest.raises(FileError, match="step-1.safetensors is not a kept batch, or is damaged"):
         read_batch(path)
 
 
