@@ -274,7 +274,7 @@ def flipped(place: Path) -> None:
     (place / "last.ckpt").write_bytes(data[:at] + b"\1" + data[at + 1 :])
 
 
-CKPT = "is no checkpoint of a training run, or damaged: .*Name a run's"
+CKPT = "is not a checkpoint of a training run, or is damaged: .*Name a run's"
 TRAINING: dict[str, tuple[Change, str]] = {
     "empty": (content("last.ckpt", b""), CKPT),
     "text": (content("last.ckpt", b"not a checkpoint"), CKPT),

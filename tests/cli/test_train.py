@@ -151,7 +151,7 @@ def test_damaged_files_are_named_and_the_run_goes_on(finished: Path, chat_target
     assert done.returncode == 0, done.stderr
     told = done.stdout + done.stderr
     assert "last.ckpt is damaged" in told and f"Continuing from {finished / 'checkpoints' / 'previous.ckpt'}" in told
-    assert "safetensors is damaged" in told and "This run does so now" in told
+    assert "safetensors is damaged" in told and "This run now does it" in told
     assert read_json(finished / "report.json", FORMAT)["steps"] == 2 * (epochs + 2)
     assert len(AnchorBuffer.latest(finished / "anchors")) == 8
 

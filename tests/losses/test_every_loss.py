@@ -38,7 +38,7 @@ from draftopd.losses.divergence import (
 )
 from draftopd.losses.sampled_kl import SampledKL
 from draftopd.losses.target_view import TargetView
-from draftopd.losses.weighting import expected_length_share, marginal_gain
+from draftopd.losses.weighting import expected_length_gradient, marginal_gain
 from draftopd.replay.blocks import Blocks
 from draftopd.targets import head
 from draftopd.targets.head import Vocabulary
@@ -282,7 +282,7 @@ def test_weights_by_confidence_are_gradients_of_the_expected_length() -> None:
     (gradient,) = torch.autograd.grad(total(lengths), confidence)
     sure = confidence.detach()
     torch.testing.assert_close(marginal_gain(sure, counted), gradient)
-    torch.testing.assert_close(expected_length_share(sure, counted, 0.0), gradient * sure)
+    torch.testing.assert_close(expected_length_gradient(sure, counted, 0.0), gradient * sure)
     loss = Reach(future=True).importance(None, -sure.log(), counted)  # type: ignore[arg-type]
     torch.testing.assert_close(loss, gradient)
 

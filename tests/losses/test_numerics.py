@@ -18,14 +18,14 @@ from draftopd.losses.acceptance import E2ETotalVariation, LKHybrid
 from draftopd.losses.base import Loss
 from draftopd.losses.distilled import Distilled
 from draftopd.losses.divergence import forward_kl, jensen_shannon, reverse_kl
-from draftopd.losses.target_view import LEAST_LOG_P
+from draftopd.losses.target_view import MIN_LOG_P
 from draftopd.replay.blocks import Blocks
 from draftopd.targets.head import LMHead
 
 LOSSES: dict[str, Callable[..., Loss]] = {name: case.build for name, case in CASES.items()}
 LOSSES |= {"lk_hybrid": LKHybrid, "e2e_tv": E2ETotalVariation}
 #: What a loss cannot be below or above, whatever the distributions. KLs end where an excluded token's price does.
-BOUNDS = dict.fromkeys(LOSSES, (0.0, -LEAST_LOG_P))
+BOUNDS = dict.fromkeys(LOSSES, (0.0, -MIN_LOG_P))
 BOUNDS |= {"total_variation": (0.0, 1.0), "e2e_tv": (-K, 0.0), "sampled_kl": (0.0, 5.0), "jsd": (0.0, 0.7)}
 
 generator = torch.Generator().manual_seed(0)
@@ -115,7 +115,7 @@ def test_an_excluded_token_costs_nothing_where_it_should() -> None:
     torch.testing.assert_close(Distilled(accepted=forward_kl)(blocks).loss.double(), expected, rtol=1e-5, atol=0)
     outside = log_q.exp()[..., ~first].sum(-1)[blocks.valid].mean()
     torch.testing.assert_close(
-        Distilled(accepted=reverse_kl)(blocks).loss.double(), -LEAST_LOG_P * outside, rtol=1e-4, atol=0
+        Distilled(accepted=reverse_kl)(blocks).loss.double(), -MIN_LOG_P * outside, rtol=1e-4, atol=0
     )
     assert 0 < Distilled(accepted=jensen_shannon)(blocks).loss < 0.7
 

@@ -49,8 +49,8 @@ def newer(path: Path) -> None:
 
 DAMAGES: dict[Callable[[Path], None], str] = {
     flip_weights: "is damaged: the checksum of .* differs",
-    cut: "or damaged",
-    empty: "or damaged",
+    cut: "or is damaged",
+    empty: "or is damaged",
     foreign: "it holds no drafter",
     newer: "has format 7, this version reads 1",
 }
@@ -72,7 +72,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(
     with pytest.raises(FileError, match=f"last.ckpt.*{DAMAGES[damage]}"):
         checkpoints.read(directory / "last.ckpt")
     assert checkpoints.newest_whole(directory) == directory / "previous.ckpt"
-    assert "last.ckpt" in caplog.text and "the steps between are taken again" in caplog.text
+    assert "last.ckpt" in caplog.text and "repeats the steps after it" in caplog.text
     damage(directory / "previous.ckpt")
     with pytest.raises(FileError, match="last.ckpt and previous.ckpt.*Delete the directory"):
         checkpoints.newest_whole(directory)

@@ -174,7 +174,7 @@ def test_a_full_disk_costs_the_batch_and_not_the_run(
 def test_a_damaged_batch_is_named(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "step-1.safetensors"
     path.write_bytes(content)
-    with pytest.raises(FileError, match="step-1.safetensors is no kept batch, or damaged"):
+    with pytest.raises(FileError, match="step-1.safetensors is not a kept batch, or is damaged"):
         read_batch(path)
 
 

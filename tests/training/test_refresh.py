@@ -97,8 +97,8 @@ def test_a_buffer_that_cannot_be_used_is_made_again(
     manifest = AnchorBuffer.latest(again.root).manifest
     assert (manifest.generation, manifest.step) == (0, step) and again.made == (0, step)
     named = damage in (flipped, cut, shard_gone, no_manifest)
-    assert ("This run does so now" in caplog.text) == named
-    assert ("the one of step 3 makes it anew" in caplog.text) == moved_on
+    assert ("This run now does it" in caplog.text) == named
+    assert ("The drafter of step 3 makes it again" in caplog.text) == moved_on
 
 
 @pytest.mark.parametrize("every", [0, 3])

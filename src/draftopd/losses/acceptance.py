@@ -19,8 +19,8 @@ from draftopd.replay.blocks import Blocks
 class LKHybrid(TargetLoss):
     """``w KL(p || q) + (1 - w)(1 - alpha)``: KL while the drafter is poor, acceptance when it is good.
 
-    ``w = kl_scale exp(-kl_decay mean alpha)``, the mean taken over the slots at the same position of the block and
-    without a gradient (LK losses, arXiv 2602.23881). The other LK loss, ``-log alpha``, is the divergence
+    ``w = kl_scale exp(-kl_decay mean alpha)`` has no gradient, and its mean is over the slots at the same position of
+    the block (LK losses, arXiv 2602.23881). The other LK loss, ``-log alpha``, is
     :func:`~draftopd.losses.divergence.neg_log_acceptance`.
 
     Args:
@@ -29,7 +29,7 @@ class LKHybrid(TargetLoss):
         options: see :class:`~draftopd.losses.distilled.TargetLoss`.
 
     Raises:
-        ValueError: for numbers outside their range.
+        ValueError: if a number lies outside its range.
     """
 
     logit_copies = 7
@@ -46,8 +46,8 @@ class LKHybrid(TargetLoss):
         sums = distance.new_zeros(2, len(blocks.slots))
         sums.index_add_(1, position, torch.stack([1 - distance.detach(), torch.ones_like(kl)]))
         sums = ranks.total(sums)
-        share = self.kl_scale * torch.exp(-self.kl_decay * sums[0] / sums[1].clamp_min(1))[position]
-        return share * kl + (1 - share) * distance
+        weight = self.kl_scale * torch.exp(-self.kl_decay * sums[0] / sums[1].clamp_min(1))[position]
+        return weight * kl + (1 - weight) * distance
 
 
 def _kl_and_distance(draft_logits: Tensor, log_p: Tensor) -> Tensor:
@@ -57,10 +57,10 @@ def _kl_and_distance(draft_logits: Tensor, log_p: Tensor) -> Tensor:
 class E2ETotalVariation(Loss):
     """``-sum_k gamma^(k-1) prod_{j<=k} alpha_j``: minus the expected accepted length (Bebop, arXiv 2606.12370).
 
-    The whole block is one term: what a slot can gain depends on the slots before it.
+    The whole block is one term, because a slot's gain depends on the slots before it.
 
     Args:
-        gamma: weighs late slots less; 1 is the expected accepted length itself.
+        gamma: below 1, late slots weigh less; 1 is the expected accepted length itself.
         accept_until_fail: sum only up to the first rejected slot.
         target_temperature, target_top_k, scored_on: see :class:`~draftopd.losses.target_view.TargetView`.
 
@@ -87,7 +87,7 @@ class E2ETotalVariation(Loss):
 
     def __call__(self, blocks: Blocks) -> LossOutput:
         used = blocks.valid & blocks.until_fail() if self.accept_until_fail else blocks.valid
-        # A slot that does not count accepts nothing, nor does any after it.
+        # Slots that do not count accept nothing, and neither do the slots after them.
         alpha = torch.zeros(used.shape, device=used.device)
         alpha = alpha.masked_scatter(used, self.view.compare(overlap, blocks, used, renormalize=False))
         reach = alpha.cumprod(-1) * power_decay(used.shape[1], self.gamma).to(alpha.device)

@@ -1,4 +1,4 @@
-"""The loss protocol, and what nearly all losses share: one value per slot, weighted by stream and position."""
+"""The loss protocol, and the base of nearly all losses: one value per slot, weighted by stream and position."""
 
 from __future__ import annotations
 
@@ -28,15 +28,14 @@ Stream = Literal["accepted", "rejected"]
 
 
 class Loss(ABC):
-    """A function of replayed blocks; beside them it knows only how far training has come."""
+    """A function of replayed blocks and of the progress of training."""
 
     scope: Scope = "proposals"
-    #: Whether it depends on what the drafter proposed; where it does not, a step need not find that out.
+    #: Whether it depends on the drafter's proposals; if not, a step need not choose them.
     uses_proposals = True
-    #: How many logits-sized float32 tensors value and gradient of a chunk hold at their peak; memory is planned by it.
-    #: A loss that states nothing is planned as the largest one of this package.
+    #: Logits-sized float32 tensors that value and gradient of a chunk hold at their peak; planning needs it.
     logit_copies: int = UNKNOWN_COPIES
-    #: Share of all optimizer steps that are done, in [0, 1); set before each.
+    #: Fraction of all optimizer steps that are done, in [0, 1); set before each step.
     progress = 0.0
 
     @abstractmethod
@@ -56,7 +55,7 @@ class StreamLoss(Loss):
         ValueError: if a weight is negative, both are 0, or the normalization is unknown.
     """
 
-    #: Whether both streams have the same value at a slot, so that a slot which stands in both is computed once.
+    #: Whether both streams have the same value at a slot, so that a slot in both is computed once.
     same_on_both = True
 
     def __init__(
@@ -85,15 +84,15 @@ class StreamLoss(Loss):
         """``[n]``: the values of a stream's slots, those where ``used [N, K]`` is True."""
 
     def decay(self, slots: int, stream: Stream) -> Tensor:
-        """``[K]``: what each position of a stream weighs."""
+        """``[K]``: the weight of each position of a stream."""
         return torch.ones(slots)
 
     def usable(self, blocks: Blocks) -> Tensor:
-        """``[N, K]``: slots that may count at all."""
+        """``[N, K]``: slots that may count."""
         return blocks.valid
 
     def weights(self, blocks: Blocks, stream: Stream) -> Tensor:
-        """``[N, K]``: what each slot weighs within a stream, the stream's own weight left out."""
+        """``[N, K]``: each slot's weight within a stream, without the stream's own weight."""
         if stream == "accepted":
             member = blocks.accepted_stream(self.include_correction)
         else:
@@ -104,10 +103,7 @@ class StreamLoss(Loss):
         return decay * (member & self.usable(blocks))
 
     def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
-        """``[N, K]``: a factor on the weights that depends on the values ``[N, K]``, known where ``used``.
-
-        It is asked only where :attr:`same_on_both` holds.
-        """
+        """``[N, K]``: a factor on the weights, from the values ``[N, K]`` where ``used``, if ``same_on_both``."""
         return torch.ones_like(values)
 
     def __call__(self, blocks: Blocks) -> LossOutput:
@@ -130,8 +126,8 @@ class StreamLoss(Loss):
         if self.normalization == "token":
             loss = weighted_mean(torch.cat(values), torch.cat(kept))
         else:
-            # A stream without a slot in this batch, on any rank, has no mean and takes no part.
+            # A stream without slots in this batch on all ranks has no mean and does not count.
             present = ranks.total(torch.stack([w.sum() for w in kept])) > 0
-            shares = means[0].new_tensor((self.accepted_weight, self.rejected_weight))
-            loss = weighted_mean(torch.stack(means), present * shares)
+            stream_weights = means[0].new_tensor((self.accepted_weight, self.rejected_weight))
+            loss = weighted_mean(torch.stack(means), present * stream_weights)
         return LossOutput(loss, {"accepted": means[0].detach(), "rejected": means[1].detach()})

@@ -1,8 +1,7 @@
 """Per-slot losses over the full vocabulary without ever holding ``[positions, vocabulary]``.
 
-Under a frozen head value and gradient are computed together, chunk by chunk; what stays is the value ``[n]``
-and the gradient with respect to the drafter's states ``[n, hidden]``. Under a head that learns too the chunks
-are computed again on the way back.
+Under a frozen head, value and gradient are computed together, chunk by chunk; only the value ``[n]`` and the gradient
+of the drafter's states ``[n, hidden]`` are kept. Under a trainable head the backward pass recomputes the chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ SlotFunction = Callable[..., Tensor]
 
 
 def per_slot(fn: SlotFunction, drafted: Tensor, head: LMHead, *extras: Tensor, chunk: int | None = None) -> Tensor:
-    """``fn`` of every slot's logits, ``[n]`` in float32, or ``[n, m]`` where it gives ``m`` values a slot.
+    """``fn`` of every slot's logits, ``[n]`` in float32, or ``[n, m]`` where it gives ``m`` values per slot.
 
     Args:
         fn: the values of one slot from its logits; slots must not mix.
@@ -47,7 +46,7 @@ class _PerSlot(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, drafted: Tensor, fn: SlotFunction, head: LMHead, chunk: int, *extras: Tensor) -> Tensor:
         wanted = ctx.needs_input_grad[0]
-        # Made at once: what outlives a chunk would lie between its buffers and keep their memory from being used again.
+        # Allocated once: tensors that outlive a chunk would lie between its buffers and fragment the memory.
         values = gradient = drafted.new_empty(0)
         for start in range(0, max(1, drafted.shape[0]), chunk):
             part = slice(start, start + chunk)

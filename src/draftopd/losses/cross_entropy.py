@@ -1,4 +1,4 @@
-"""Cross entropy on the recorded tokens: the SFT stage (DFlash, arXiv 2602.06036), and weights by confidence for it."""
+"""Cross entropy on the recorded tokens, as in SFT (DFlash, arXiv 2602.06036), and its weights by confidence."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from draftopd.losses.base import Stream, StreamLoss
 from draftopd.losses.chunked import per_slot
 from draftopd.losses.weighting import (
     cross_entropy_gamma,
-    expected_length_share,
+    expected_length_gradient,
     exponential_decay,
     marginal_gain,
     reach,
@@ -41,7 +41,7 @@ class CrossEntropy(StreamLoss):
             raise ValueError(f"gamma must be above 0, found {gamma}.")
         self.gamma = gamma
         self.scope = "none"
-        # With both streams alike a slot weighs the same in either, so it does not matter which it is in.
+        # If both streams are treated alike, the stream of a slot does not matter.
         self.uses_proposals = (
             self.accept_until_fail
             or self.include_correction
@@ -64,22 +64,21 @@ class CrossEntropy(StreamLoss):
 
 
 class _ByConfidence(CrossEntropy):
-    """Cross entropy whose slots weigh by the drafter's confidence in the recorded tokens; without further decay."""
+    """Cross entropy weighted by the drafter's confidence in the recorded tokens; ``gamma`` None means no decay."""
 
     def decay(self, slots: int, stream: Stream) -> Tensor:
         return torch.ones(slots) if self.gamma is None else exponential_decay(slots, self.gamma)
 
 
 class DPace(_ByConfidence):
-    """D-PACE (arXiv 2605.18810): each slot's cross entropy weighs its share in the expected accepted length.
+    """D-PACE (arXiv 2605.18810): a slot weighs the gradient of the expected accepted length in its log-confidence.
 
     With the drafter's confidence in the recorded token ``c_k``, smoothed to ``(1 - smoothing) c_k + smoothing``,
-    slot ``k`` weighs ``sum_{i>=k} prod_{j<=i} c_j``: the gradient of the expected length in ``log c_k``. The weights
-    carry no gradient and are normalised over the batch.
+    slot ``k`` weighs ``sum_{i>=k} prod_{j<=i} c_j``. The weights carry no gradient and are normalised over the batch.
 
     Args:
         smoothing: in [0, 1]; 1 weighs slot ``k`` by the number of slots from it on.
-        options: see :class:`CrossEntropy`; ``gamma`` decays further, None does not.
+        options: see :class:`CrossEntropy`; ``gamma`` adds a decay, None does not.
 
     Raises:
         ValueError: if smoothing lies outside [0, 1].
@@ -92,21 +91,20 @@ class DPace(_ByConfidence):
         self.smoothing = smoothing
 
     def importance(self, blocks: Blocks, values: Tensor, used: Tensor) -> Tensor:
-        return expected_length_share(torch.exp(-values), used, self.smoothing)
+        return expected_length_gradient(torch.exp(-values), used, self.smoothing)
 
 
 class Reach(_ByConfidence):
-    """Each slot's cross entropy weighs the probability that drafting reaches it: accept-until-fail without an edge.
+    """A slot weighs the probability that drafting reaches it: a smooth accept-until-fail.
 
     With the drafter's confidence in the recorded token ``c_k``, slot ``k`` weighs ``prod_{j<k} c_j``. Unlike D-PACE's
-    share the weight leaves out the slot's own confidence, so that a slot which is still wrong is not given up. With
-    ``future`` it is also multiplied by the tokens that hang on the slot, ``1 + c_{k+1} + c_{k+1} c_{k+2} + ...``:
-    together the marginal gain in expected accepted length, its gradient in ``c_k``. The weights carry no gradient and
-    are normalised over the batch.
+    weight this leaves out the slot's own confidence, so that a slot which is still wrong keeps its weight. ``future``
+    also multiplies by the tokens that depend on the slot, ``1 + c_{k+1} + c_{k+1} c_{k+2} + ...``: the gradient of the
+    expected accepted length in ``c_k``. The weights carry no gradient and are normalised over the batch.
 
     Args:
         future: weigh by the marginal gain.
-        options: see :class:`CrossEntropy`; ``gamma`` decays further, None does not.
+        options: see :class:`CrossEntropy`; ``gamma`` adds a decay, None does not.
     """
 
     def __init__(self, *, future: bool = False, **options: Any) -> None:

@@ -14,7 +14,7 @@ from draftopd.replay.blocks import Blocks
 
 
 class TargetLoss(StreamLoss):
-    """A :class:`~draftopd.losses.base.StreamLoss` that looks at the target's distribution.
+    """A :class:`~draftopd.losses.base.StreamLoss` that needs the target's distribution.
 
     Args:
         gamma: decay over the block's positions: slot ``k`` of the rejected stream weighs ``gamma^(k-1)``.

@@ -19,7 +19,7 @@ from torch import Tensor
 Divergence = Callable[..., Tensor]
 Function = TypeVar("Function", bound=Divergence)
 
-#: Of a function or loss that states nothing: the most that one of this package holds.
+#: ``logit_copies`` of a function or loss that does not state it: the largest of this package.
 UNKNOWN_COPIES = 10
 
 
@@ -34,11 +34,10 @@ def divergence(*, logit_copies: int = UNKNOWN_COPIES, renormalize: bool = True) 
     """State what a divergence needs; a function without this decorator has its defaults.
 
     Args:
-        logit_copies: how many float32 tensors of the logits' size value and gradient hold at their peak. Memory is
-            planned by it, nothing else depends on it.
+        logit_copies: logits-sized float32 tensors that value and gradient hold at their peak; only planning needs it.
         renormalize: renormalise the target's distribution over a reduced draft vocabulary. A divergence between two
-            distributions needs that; a function of the acceptance rate must not have it, since what the drafter cannot
-            propose is never accepted.
+            distributions needs that; for a function of the acceptance rate it would be wrong, because a token that the
+            drafter cannot propose is never accepted.
     """
 
     def state(function: Function) -> Function:
@@ -122,7 +121,7 @@ def k3(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def _log_rest(log_p: Tensor) -> Tensor:
-    """``log(1 - p)``; where rounding makes p 1, what float32 can still tell from it."""
+    """``log(1 - p)``; where rounding makes p 1, the largest float32 below 1 replaces it."""
     return torch.log1p(-log_p.exp().clamp_max(1 - 2**-24))
 
 

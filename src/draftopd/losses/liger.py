@@ -1,7 +1,7 @@
-"""liger-kernel's fused kernels, where their semantics fit: on a GPU, with the package installed.
+"""liger-kernel's fused cross entropy, on a GPU with the package installed.
 
-Only cross entropy fits: nothing in liger-kernel fuses forward or reverse KL with a weight per token
-over a frozen head, so the divergences stay with :mod:`draftopd.losses.chunked`.
+liger-kernel has no forward or reverse KL with a weight per token over a frozen head, so divergences use
+:mod:`draftopd.losses.chunked`.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ def installed() -> bool:
 
 
 def fits(draft_states: Tensor, head: LMHead) -> bool:
-    """Whether the fused kernel can take these states: it wants a frozen head, and at least one of them."""
+    """Whether the fused kernel can take these states: it needs a GPU, at least one state and a frozen head."""
     return draft_states.is_cuda and len(draft_states) > 0 and installed() and not head.weight.requires_grad
 
 
 def cross_entropy(draft_states: Tensor, head: LMHead, labels: Tensor) -> Tensor:
-    """``-log q(label)`` a slot: ``[n, hidden], [n] -> [n]``; the head gets no gradient."""
+    """``-log q(label)`` per slot: ``[n, hidden], [n] -> [n]``; the head gets no gradient."""
     from liger_kernel.transformers.fused_linear_cross_entropy import LigerFusedLinearCrossEntropyLoss
 
     fused = LigerFusedLinearCrossEntropyLoss(reduction="none", softcap=head.softcap)

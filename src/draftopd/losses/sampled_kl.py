@@ -16,12 +16,12 @@ from draftopd.replay.blocks import Blocks
 class SampledKL(TargetLoss):
     """Compares target and drafter on one token per slot instead of the whole vocabulary.
 
-    Accepted stream: the forward KL between "the emitted token" and "another one". Rejected stream: the k3
+    Accepted stream: the forward KL between the outcomes "the emitted token" and "another one". Rejected stream: the k3
     estimate of the reverse KL on the drafter's own token.
 
     Args:
-        floor: log-probabilities are no smaller than this.
-        most: a slot's loss is no larger than this.
+        floor: log-probabilities are at least this.
+        most: a slot's loss is at most this.
         gamma, accepted_gamma, options: see :class:`~draftopd.losses.distilled.TargetLoss`.
 
     Raises:
@@ -49,7 +49,7 @@ class SampledKL(TargetLoss):
         weights = super().weights(blocks, stream)
         if stream == "rejected":
             return weights
-        # The correction's token is the recorded one, if there is one and the drafter can propose it.
+        # The correction slot needs a recorded token that the drafter can propose.
         known = blocks.recorded & blocks.head.covers(blocks.labels)
         return weights * (known | (blocks.slots < blocks.accepted[:, None]))
 

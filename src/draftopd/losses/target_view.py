@@ -1,4 +1,4 @@
-"""How the target's distribution is shown to a loss, and the drafter compared with it slot by slot."""
+"""The target's distribution as a loss sees it, and its comparison with the drafter slot by slot."""
 
 from __future__ import annotations
 
@@ -12,24 +12,23 @@ from draftopd.losses.chunked import SlotFunction, per_slot
 from draftopd.losses.divergence import keep_top_k
 from draftopd.replay.blocks import Blocks, Scope
 
-#: The text that the target is asked on: the drafter's own tokens, or the recorded ones as in SFT, which needs no
-#: second pass of the target.
+#: The text that the target scores: the drafter's own tokens, or the recorded ones as in SFT, which saves a pass of the
+#: target.
 ScoredOn = Literal["proposals", "recorded"]
 
-#: The log-probability of a token that the target excludes (a logit of -inf). Its probability is 0 all the same, but
-#: ``0 log 0`` is then 0, and a drafter that proposes it pays a finite reverse KL. Logits within 1e4 of one another
-#: reach no such number unless they are divided by a temperature below 0.01.
-LEAST_LOG_P = -1e6
+#: The log-probability of a token that the target excludes (a logit of -inf). It keeps ``0 log 0`` at 0, and the reverse
+#: KL finite if the drafter proposes the token. Logits within 1e4 of one another stay above it at temperature 0.01.
+MIN_LOG_P = -1e6
 
 
 class TargetView:
     """The target's distribution as a loss sees it.
 
     Args:
-        temperature: the target's logits are divided by it. 1 is the target's own distribution; the nearer to 0,
-            the nearer to its argmax, which is what decoding at temperature 0 accepts.
-        top_k: keep only the target's ``k`` most likely tokens and spread what is left evenly over the others, as
-            where an engine returns no more; None keeps the whole distribution.
+        temperature: the target's logits are divided by it. 1 is the target's own distribution; towards 0 it approaches
+            the argmax, which decoding at temperature 0 accepts.
+        top_k: keep only the target's ``k`` most likely tokens and spread the remaining mass evenly over the others, as
+            for an engine that returns only ``k``; None keeps the whole distribution.
         scored_on: see :data:`ScoredOn`.
 
     Raises:
@@ -48,7 +47,7 @@ class TargetView:
         self.temperature, self.top_k, self.scored_on = temperature, top_k, scored_on
 
     def scope(self, needed: Scope) -> Scope:
-        """The scope of a loss that would need this one along the drafter's own tokens."""
+        """The scope of a loss that needs ``needed`` when the target scores the drafter's own tokens."""
         return "recorded" if self.scored_on == "recorded" else needed
 
     def compare(
@@ -59,8 +58,8 @@ class TargetView:
         ``log_p`` are the target's log-probabilities of the tokens that the drafter's head has.
 
         Args:
-            extras: ``[N, K]`` each, handed on slot by slot.
-            renormalize: renormalise the target's distribution over the drafter's vocabulary, where that is smaller.
+            extras: ``[N, K]`` each, passed on slot by slot.
+            renormalize: renormalise the target's distribution over a smaller draft vocabulary.
 
         Raises:
             ValueError: if the blocks carry none of the target's states.
@@ -82,7 +81,7 @@ class TargetView:
 
     @torch.no_grad()
     def report(self, blocks: Blocks) -> dict[str, Tensor]:
-        """What ``top_k`` leaves out: the mean mass outside it over the valid slots, for one more pass of the head."""
+        """The mean mass outside ``top_k`` over the valid slots; it costs one more pass of the head."""
         if self.top_k is None:
             return {}
         head, states = blocks.target_head or blocks.head, _target_states(blocks)[blocks.valid]
@@ -94,7 +93,7 @@ class TargetView:
         logits = blocks.target_logits(states)
         if self.temperature != 1:
             logits = logits / self.temperature
-        return logits.log_softmax(-1).clamp_(min=LEAST_LOG_P)
+        return logits.log_softmax(-1).clamp_(min=MIN_LOG_P)
 
 
 def _target_states(blocks: Blocks) -> Tensor:

@@ -12,7 +12,7 @@ _CE_GAMMA = {16: 7.0, 10: 5.0, 8: 4.0}
 
 
 def power_decay(slots: int, gamma: float) -> Tensor:
-    """``gamma^(k-1)`` for ``k = 1..slots``: early slots weigh most (Draft-OPD, arXiv 2605.29343)."""
+    """``gamma^(k-1)`` for ``k = 1..slots``: earlier slots weigh more (Draft-OPD, arXiv 2605.29343)."""
     return gamma ** torch.arange(slots, dtype=torch.float32)
 
 
@@ -22,17 +22,16 @@ def exponential_decay(slots: int, gamma: float) -> Tensor:
 
 
 def cross_entropy_gamma(block_size: int) -> float:
-    """DFlash's constant for this block size; between its three values a straight line."""
+    """DFlash's constant for this block size; linear for sizes other than its three."""
     return _CE_GAMMA.get(block_size, 1 + 0.375 * block_size)
 
 
-def expected_length_share(confidence: Tensor, counted: Tensor, smoothing: float) -> Tensor:
-    """How much each slot's log-confidence moves the expected accepted length (D-PACE, arXiv 2605.18810).
+def expected_length_gradient(confidence: Tensor, counted: Tensor, smoothing: float) -> Tensor:
+    """The gradient of the expected accepted length in each slot's log-confidence (D-PACE, arXiv 2605.18810).
 
     Args:
-        confidence: ``[N, K]`` the drafter's probability of the recorded token.
-        counted: ``[N, K]`` slots that count; the others neither shorten the prefix nor add to it.
-        smoothing: share of 1 mixed into the confidence.
+        confidence, counted: as of :func:`reach`.
+        smoothing: weight of 1 mixed into the confidence.
 
     Returns:
         ``[N, K]``: ``sum_{i>=k} prod_{j<=i} c_j``, 0 at slots that do not count.
@@ -56,7 +55,7 @@ def reach(confidence: Tensor, counted: Tensor) -> Tensor:
 
 
 def marginal_gain(confidence: Tensor, counted: Tensor) -> Tensor:
-    """How much each slot's confidence moves the expected accepted length: its gradient in ``c_k``.
+    """The gradient of the expected accepted length in each slot's confidence ``c_k``.
 
     Args:
         confidence, counted: as of :func:`reach`.
@@ -65,13 +64,13 @@ def marginal_gain(confidence: Tensor, counted: Tensor) -> Tensor:
         ``[N, K]``: ``prod_{j<k} c_j sum_{i>=k} prod_{k<j<=i} c_j``, 0 at slots that do not count.
     """
     sure = torch.where(counted, confidence, torch.ones_like(confidence))
-    # Tokens that hang on each slot, from the last one back.
-    hanging = torch.zeros_like(sure)
-    coming = torch.zeros_like(sure[:, 0])
+    # Expected tokens that depend on each slot, from the last one back.
+    dependent = torch.zeros_like(sure)
+    following = torch.zeros_like(sure[:, 0])
     for k in reversed(range(sure.shape[1])):
-        hanging[:, k] = counted[:, k] + coming
-        coming = sure[:, k] * hanging[:, k]
-    return reach(confidence, counted) * hanging
+        dependent[:, k] = counted[:, k] + following
+        following = sure[:, k] * dependent[:, k]
+    return reach(confidence, counted) * dependent
 
 
 def weighted_mean(values: Tensor, weights: Tensor) -> Tensor:

@@ -44,6 +44,8 @@ class FreshAnchors:
         rows = zip(texts.ids.tolist(), batch.lengths.tolist(), strict=True)
         seeds = [text_seed(seed, ids[:length]) for ids, length in rows]
         visited = self.walker.walk(target, drafter, texts, seeds)
+        # Before torch 2.10 autocast would reuse weights that it cast here without gradients.
+        torch.clear_autocast_cache()
         generator = torch.Generator().manual_seed(seed % 2**63)
         ends = zip(batch.starts.tolist(), batch.lengths.tolist(), strict=True)
         chosen = [

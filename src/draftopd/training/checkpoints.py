@@ -1,4 +1,4 @@
-"""Training checkpoints: written whole, the one before kept, and none read that is damaged."""
+"""Training checkpoints: written whole, checked when they are read, and the previous one is kept."""
 
 from __future__ import annotations
 
@@ -22,44 +22,43 @@ from draftopd.io.json_text import shown
 
 log = logging.getLogger(__name__)
 
-#: Training goes on from ``LAST``; ``PREVIOUS`` is what that was before.
+#: Training continues from ``LAST``; ``PREVIOUS`` is the checkpoint before it.
 LAST, PREVIOUS = "last.ckpt", "previous.ckpt"
 
-#: Of what a checkpoint holds; kept in it under ``_KEY``.
+#: Version of a checkpoint's content, stored in it under ``_KEY``.
 FORMAT = 1
 _KEY = "draftopd_format"
 
 
 class CheckpointFiles(TorchCheckpointIO):
-    """Writes checkpoints whole or not at all, and keeps the one before the last.
+    """Writes checkpoints whole or not at all, and keeps the previous one.
 
-    They are torch's files, read by ``torch.load``: zip archives, whose CRC-32 of every tensor :func:`read` checks.
-    Lightning's own writer syncs nothing, and moves the file from the system's temporary directory, which between
-    file systems is a copy.
+    They are torch's zip archives, and :func:`read` checks the CRC-32 of every tensor. Lightning's own writer does not
+    sync, and it moves the file from the system's temporary directory, which copies it between file systems.
     """
 
     def save_checkpoint(
         self, checkpoint: dict[str, Any], path: str | os.PathLike[str], storage_options: Any = None
     ) -> None:
-        """Write a checkpoint in place of the one that is there.
+        """Write a checkpoint, which replaces the one at this path.
 
         Raises:
-            FileError: if it cannot be written; what was there before stays.
+            FileError: if it cannot be written; the earlier one then stays.
         """
-        place = Path(path)
-        with writing(place):
-            place.parent.mkdir(parents=True, exist_ok=True)
-        with replaced(place) as partial:
+        path = Path(path)
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with replaced(path) as partial:
             with partial.open("wb") as file:
                 try:
                     torch.save({**checkpoint, _KEY: FORMAT}, file)
                 except RuntimeError as error:
-                    # torch hides what the system said.
+                    # torch hides the system's error.
                     if isinstance(error.__context__, OSError):
                         raise error.__context__ from error
                     raise
-            if place.name == LAST and place.exists():
-                _keep(place, place.with_name(PREVIOUS))
+            if path.name == LAST and path.exists():
+                _keep(path, path.with_name(PREVIOUS))
 
 
 def _keep(path: Path, other: Path) -> None:
@@ -67,7 +66,7 @@ def _keep(path: Path, other: Path) -> None:
     with replaced(other) as partial:
         try:
             os.link(path, partial)
-        except OSError:  # not every file system has links
+        except OSError:  # some file systems have no links
             shutil.copyfile(path, partial)
 
 
@@ -75,10 +74,10 @@ def read(path: Path) -> dict[str, Any]:
     """A checkpoint of a training run, its tensors still on disk, every byte of them checked.
 
     Raises:
-        FileError: if it is absent, damaged, no checkpoint of a training run, or of another format.
+        FileError: if it is absent, damaged, not a checkpoint of a training run, or of another format.
     """
     try:
-        # torch.load looks at no checksum: a flipped bit would go unnoticed.
+        # torch.load checks no checksum: a flipped bit would go unnoticed.
         with zipfile.ZipFile(path) as archive:
             wrong = archive.testzip()
         if wrong is not None:
@@ -86,24 +85,17 @@ def read(path: Path) -> dict[str, Any]:
                 f"The checkpoint {path} is damaged: the checksum of {shown(wrong, 100)} differs: use another."
             )
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        if not isinstance(checkpoint, dict) or not {"drafter", "state_dict"} <= checkpoint.keys():
-            raise TypeError("it holds no drafter")
-        described, weights = checkpoint["drafter"], checkpoint["state_dict"]
-        if (
-            not isinstance(described, dict)
-            or not isinstance(weights, dict)
-            or not all(map(_is_weight, weights.items()))
-        ):
+        if not _holds_drafter(checkpoint):
             raise TypeError("it holds no drafter")
     except FileError:
         raise
     except Exception as error:  # torch.load has no kind of error of its own
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         if isinstance(error, pickle.UnpicklingError):
-            # torch's own advice is to load it all the same, which would run what it holds.
-            reason = "it holds something else than tensors and plain values, which is never loaded"
+            # torch advises to load it anyway, which would run the code in it.
+            reason = "it holds something other than tensors and plain values, which is never loaded"
         raise FileError(
-            f"{path} is no checkpoint of a training run, or damaged: {shown(reason)}. Name a run's "
+            f"{path} is not a checkpoint of a training run, or is damaged: {shown(reason)}. Name a run's "
             "checkpoints/last.ckpt or best.ckpt, or a drafter's directory."
         ) from error
     found = checkpoint.get(_KEY, FORMAT)
@@ -115,15 +107,18 @@ def read(path: Path) -> dict[str, Any]:
     return checkpoint
 
 
-def _is_weight(item: tuple[Any, Any]) -> bool:
-    return isinstance(item[0], str) and isinstance(item[1], torch.Tensor)
+def _holds_drafter(checkpoint: Any) -> bool:
+    if not isinstance(checkpoint, dict) or not isinstance(checkpoint.get("drafter"), dict):
+        return False
+    weights = checkpoint.get("state_dict")
+    return isinstance(weights, dict) and all(isinstance(k, str) and torch.is_tensor(v) for k, v in weights.items())
 
 
 def newest_whole(directory: Path) -> Path | None:
-    """The checkpoint to go on from; None where there is none. A damaged one is named in the log and passed over.
+    """The checkpoint to continue from, or None where there is none. A damaged one is logged and skipped.
 
     Raises:
-        FileError: if there are checkpoints, but none that is whole.
+        FileError: if there are checkpoints and all are damaged.
     """
     found = [path for path in (directory / LAST, directory / PREVIOUS) if path.exists()]
     for path in found:
@@ -133,12 +128,12 @@ def newest_whole(directory: Path) -> Path | None:
             log.warning("%s", error)
         else:
             if path.name == PREVIOUS:
-                log.warning("Training goes on from the checkpoint before the last: the steps between are taken again.")
+                log.warning("Training continues from the previous checkpoint and repeats the steps after it.")
             return path
     if found:
         raise FileError(
             f"No checkpoint in {directory} can be used: {' and '.join(path.name for path in found)}, see above. Delete "
-            "the directory to begin anew with the same command, or train a drafter kept elsewhere on "
+            "the directory to start again with the same command, or continue from a drafter elsewhere "
             "(drafter.checkpoint=DIR with another hydra.run.dir)."
         )
     return None
@@ -147,36 +142,35 @@ def newest_whole(directory: Path) -> Path | None:
 class LastCheckpoint(Checkpoint):
     """Writes ``last.ckpt`` between steps: a run continued from it repeats no step and leaves none out.
 
-    The last step of an epoch is kept together with the validation that follows it, at the end of the epoch. On
-    SIGTERM the step in flight is finished and kept too.
+    The last step of an epoch is saved with the validation after it, at the end of the epoch. On SIGTERM the current
+    step is finished and saved too.
 
     Args:
-        path: the file.
-        every_n_steps: optimizer steps between two writings; the ends of epochs come on top.
+        every_n_steps: optimizer steps between two checkpoints; the end of an epoch adds one.
     """
 
     def __init__(self, path: Path, every_n_steps: int) -> None:
         self.path, self.every_n_steps = Path(path), every_n_steps
-        self._kept = -1
+        self._saved = -1
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._kept = trainer.global_step
+        self._saved = trainer.global_step
 
     def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *step: Any) -> None:
         loop = trainer.fit_loop.epoch_loop
-        # Lightning takes an epoch whose last step is kept for a finished one, and would leave its validation out.
-        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._kept
+        # Lightning counts an epoch whose last step is saved as finished, and would leave its validation out.
+        due = trainer.global_step % self.every_n_steps == 0 and trainer.global_step != self._saved
         if due and not loop.batch_progress.is_last_batch:
-            self._keep(trainer)
+            self._save(trainer)
 
     def on_train_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        self._keep(trainer)
+        self._save(trainer)
 
     def on_exception(self, trainer: L.Trainer, pl_module: L.LightningModule, exception: BaseException) -> None:
-        # Lightning raises it between two steps, or in validation, before which nothing is to be kept.
-        if isinstance(exception, SIGTERMException) and trainer.training and trainer.global_step != self._kept:
-            self._keep(trainer)
+        # Lightning raises it between two steps, or in validation, where no step is new.
+        if isinstance(exception, SIGTERMException) and trainer.training and trainer.global_step != self._saved:
+            self._save(trainer)
 
-    def _keep(self, trainer: L.Trainer) -> None:
-        self._kept = trainer.global_step
-        trainer.save_checkpoint(self.path, weights_only=False)  # said, or Lightning logs that it was not
+    def _save(self, trainer: L.Trainer) -> None:
+        self._saved = trainer.global_step
+        trainer.save_checkpoint(self.path, weights_only=False)  # stated, or Lightning logs that it was not

@@ -21,28 +21,28 @@ log = logging.getLogger(__name__)
 
 
 class ReplayDataModule(L.LightningDataModule):
-    """Serves replay batches for training and held-out prompts for validation and the test after it.
+    """Serves replay batches for training, and held-out prompts for validation and the test after training.
 
     Args:
         train_prompts: prompts to roll out.
         validation_prompts: held-out prompts, decoded to measure tau.
         prompts_per_refresh: prompts rolled out for one generation of the buffer.
         validation_count: held-out prompts decoded at each validation.
-        batch_size: recorded sequences a batch.
+        batch_size: recorded sequences per batch.
         anchors: which anchors are replayed.
         anchors_per_sequence: at most this many per sequence; None takes all.
-        batches_per_epoch: default once through the generation.
+        batches_per_epoch: None replays each recorded sequence once.
         validation_batch_size: prompts decoded together, in validation and test.
         thinking: the chat template's thinking mode.
         max_prompt_tokens: longer prompts are left out.
-        seed: of order and random anchors.
-        test_prompts: held-out prompts of which nothing is chosen, decoded once, after training.
-        test_count: how many; 0 tests nothing.
-        pack_to: put several of a batch's sequences in a row, up to so many tokens a row, so that less of the batch is
-            padding; each sees itself only. None gives each a row of its own.
+        seed: seed of the order and of random anchors.
+        test_prompts: held-out prompts that no choice depends on, decoded once after training.
+        test_count: number of test prompts; 0 tests nothing.
+        pack_to: put several sequences in a row of at most this many tokens, which leaves less padding; each sees only
+            itself. None gives each sequence a row of its own.
 
     Raises:
-        ValueError: if ``pack_to`` is less than 1, or prompts are to be tested and there are none.
+        ValueError: if ``pack_to`` is below 1, or ``test_count`` is above 0 without ``test_prompts``.
     """
 
     def __init__(
@@ -68,7 +68,7 @@ class ReplayDataModule(L.LightningDataModule):
             raise ValueError(f"data.test_count={test_count} needs data.test_prompts; 0 tests nothing.")
         self.test_count = test_count
         if pack_to is not None and pack_to < 1:
-            raise ValueError(f"pack_to must be 1 or more tokens a row, or null, found {pack_to}.")
+            raise ValueError(f"pack_to must be 1 or more tokens per row, or null, found {pack_to}.")
         self.pack_to = pack_to
         self.sources = {"train": train_prompts, "validation": validation_prompts}
         if test_prompts is not None:
@@ -86,19 +86,19 @@ class ReplayDataModule(L.LightningDataModule):
         self._restored: dict[str, Any] = {}
 
     def attach(self, tokenizer: PreTrainedTokenizerBase, buffer_root: Path, slots: int = 0) -> None:
-        """Give it the target's tokenizer and the run's buffer directory; before fitting also the proposals a block."""
+        """Set the target's tokenizer, the buffer's directory and, before fitting, ``slots``: proposals per block."""
         self.encoder = PromptEncoder(tokenizer, self.thinking, self.max_prompt_tokens)
         self.buffer_root, self.slots = buffer_root, slots
 
     def stretch(self, refresh: int, rank: int = 0, ranks: int = 1) -> range:
-        """A rank's places in the stream of prompts at the ``refresh``-th refresh; each takes the next stretch."""
+        """A rank's indices in the stream of prompts at the ``refresh``-th refresh."""
         count = self.prompts_per_refresh
         return range(refresh * count + rank, (refresh + 1) * count, ranks)
 
-    def prompts(self, places: range) -> list[list[int]]:
-        """The token ids of the training prompts at these places, too long ones left out."""
+    def prompts(self, indices: range) -> list[list[int]]:
+        """The token ids of the training prompts at these indices, without those that are too long."""
         assert self.encoder is not None
-        return self.encoder.take(self.sources["train"], places)
+        return self.encoder.take(self.sources["train"], indices)
 
     def train_dataloader(self) -> ReplayLoader:
         assert self.encoder is not None and self.buffer_root is not None
@@ -117,8 +117,8 @@ class ReplayDataModule(L.LightningDataModule):
             self._restored = {}
         return self._loader
 
-    # Lightning restores the loader's state by itself only if nothing asked for the loader before; the optimizer's
-    # schedule does, to know the number of steps.
+    # Lightning restores the loader's state itself only if nothing used the loader before, and the schedule of the
+    # learning rate did, to count the steps.
     def state_dict(self) -> dict[str, Any]:
         return self._loader.state_dict() if self._loader else {}
 
@@ -127,7 +127,7 @@ class ReplayDataModule(L.LightningDataModule):
 
     @property
     def policy(self) -> AnchorPolicy:
-        """Which anchors are replayed; known once the drafter is."""
+        """Which anchors are replayed; needs ``slots``."""
         return AnchorPolicy(self.anchors, self.anchors_per_sequence, self.slots)
 
     def val_dataloader(self) -> DataLoader[list[list[int]]]:
@@ -140,17 +140,17 @@ class ReplayDataModule(L.LightningDataModule):
     def _held_out(self, source: Literal["validation", "test"], count: int) -> list[list[tuple[int, list[int]]]]:
         """This rank's batches of the first prompts of a source, each prompt with its index among them.
 
-        Every rank has as many batches, since ranks decode a batch together; the last one may be empty.
+        All ranks have equally many batches, because they decode each batch together; the last one may be empty.
         """
         assert self.encoder is not None
         ranks, rank = (self.trainer.world_size, self.trainer.global_rank) if self.trainer else (1, 0)
-        there = self.sources[source]
-        if isinstance(there, Sized) and count > len(there):
-            log.warning("data.%s_count=%d, but there are %d: each is decoded once.", source, count, len(there))
-            count = len(there)
-        prompts = self.encoder.take(there, range(count))
+        prompt_source = self.sources[source]
+        if isinstance(prompt_source, Sized) and count > len(prompt_source):
+            log.warning("data.%s_count=%d, but there are %d: each is decoded once.", source, count, len(prompt_source))
+            count = len(prompt_source)
+        prompts = self.encoder.take(prompt_source, range(count))
         if len(prompts) < ranks:
-            # A rank without any would pass by the sums over ranks.
+            # A rank without prompts would miss the sums over ranks.
             raise PromptError(
                 f"{len(prompts)} {source} prompts (data.{source}_count={count}, those of more than "
                 f"{self.max_prompt_tokens} tokens left out) are too few for {ranks} processes: each needs one."

@@ -15,7 +15,7 @@ from draftopd.metrics.positions import AcceptanceByPosition, RejectionPosition
 
 
 class HeldOut(nn.Module):
-    """What decoding held-out prompts says of the drafter.
+    """Metrics of the decoded held-out prompts.
 
     Args:
         slots: proposals per block.
@@ -43,17 +43,17 @@ class HeldOut(nn.Module):
         self.rejections.update(accepted, emitted)
 
     def compute(self) -> dict[str, Tensor]:
-        """``tau``, ``tau_macro`` and ``acceptance_position_K`` over all ranks; every rank must call it."""
+        """``val/tau``, ``val/tau_macro``, ``val/acceptance_position_K`` over all ranks; every rank must call it."""
         tau = {name: value.float() for name, value in self.tau.compute().items()}
-        figures = {"tau": tau["micro"], "tau_macro": tau["macro"]}
+        figures = {"val/tau": tau["micro"], "val/tau_macro": tau["macro"]}
         for slot, rate in enumerate(self.by_position.compute(), start=1):
             if not math.isnan(rate):
-                figures[f"acceptance_position_{slot}"] = rate
+                figures[f"val/acceptance_position_{slot}"] = rate
         return figures
 
     def compute_test(self) -> dict[str, float]:
-        """``tau`` and ``tau_macro`` of the tested prompts of all ranks, which are gathered; every rank must call it."""
+        """``test/tau`` and ``test/tau_macro``; gathers ``tested`` from all ranks, so every rank must call it."""
         parts = ranks.gathered(self.tested)
         self.tested = {index: emitted for part in parts for index, emitted in part.items()}
         micro, macro = acceptance_length(list(self.tested.values()))
-        return {"tau": micro, "tau_macro": macro}
+        return {"test/tau": micro, "test/tau_macro": macro}

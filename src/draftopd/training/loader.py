@@ -1,4 +1,4 @@
-"""Replay batches from the anchor buffer, in an order that a checkpoint can go on with."""
+"""Replay batches from the anchor buffer, in an order that a checkpoint can restore."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from draftopd.replay.batch import ReplayBatch
 from draftopd.rollout.anchors import AnchorPolicy
 from draftopd.rollout.buffer import AnchorBuffer, Recorded
 
-#: Batches sorted by length together: within a bucket rows are alike, across buckets order is random.
+#: This many batches are sorted by length together: a bucket's rows have similar lengths, batches come in random order.
 BUCKET = 16
 
 
 class ReplaySampler(Sampler[list[int]]):
-    """Index batches of similar length in seeded order, ``batches`` of them whatever the buffer holds.
+    """``batches`` batches of indices of similar length, in seeded order.
 
-    Where the buffer has fewer sequences it is gone through again in another order.
+    If the buffer has too few sequences, they are repeated in another order.
     """
 
     def __init__(self, batches: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> None:
@@ -32,11 +32,11 @@ class ReplaySampler(Sampler[list[int]]):
 
     @property
     def sampler(self) -> ReplaySampler:
-        """Itself: where the trainer looks for :meth:`set_epoch`."""
+        """Itself, because the trainer looks here for :meth:`set_epoch`."""
         return self
 
     def set_epoch(self, epoch: int) -> None:
-        """Each epoch has an order of its own; the trainer tells which it is, after a resume too."""
+        """Choose the epoch's order; the trainer calls it, after a resume too."""
         self.epoch = epoch
 
     def __len__(self) -> int:
@@ -59,7 +59,7 @@ class ReplaySampler(Sampler[list[int]]):
 
 
 class ReplayDataset(Dataset[Recorded]):
-    """The newest generation of the buffer at the moment an epoch begins."""
+    """The newest generation of the buffer when an epoch begins."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -75,12 +75,12 @@ class ReplayDataset(Dataset[Recorded]):
 
 
 class ReplayLoader(DataLoader[Recorded]):
-    """A loader that a checkpoint can put back in mid-epoch: same batches, same anchors.
+    """A loader that a checkpoint can restore within an epoch, with the same batches and anchors.
 
     Args:
-        dataset, sampler: the buffer, and the order in which it is served.
+        dataset, sampler: the buffer and its order.
         policy: which anchors are replayed.
-        pad: token id behind the end of a row.
+        pad: token id after the end of a row.
         pack_to: see :class:`~draftopd.training.datamodule.ReplayDataModule`.
     """
 
@@ -98,7 +98,7 @@ class ReplayLoader(DataLoader[Recorded]):
         order = self.order
         order.lengths = buffer.lengths
         batches = list(order)
-        # An epoch that was served whole is over: the trainer goes on with the next.
+        # After a whole epoch the trainer continues with the next one.
         skip, self._restored = self._restored if self._restored < len(batches) else 0, 0
         for number, indices in enumerate(batches[skip:], start=skip):
             self._served = number + 1
@@ -117,5 +117,5 @@ class ReplayLoader(DataLoader[Recorded]):
         return {"served": self._served}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        # Used when the epoch is known: at the first batch.
+        # Used at the first batch, when the epoch is known.
         self._restored = state["served"]

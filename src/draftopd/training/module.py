@@ -21,8 +21,6 @@ from draftopd.distributed.sharding import Shards
 from draftopd.drafters.base import Drafter
 from draftopd.errors import ConfigError
 from draftopd.losses.base import Loss
-from draftopd.metrics.agreement import Agreement, slot_agreement
-from draftopd.metrics.entropy_acceptance import EntropyAcceptance
 from draftopd.replay.batch import ReplayBatch
 from draftopd.replay.blocks import Blocks
 from draftopd.replay.fresh import FreshAnchors
@@ -32,32 +30,31 @@ from draftopd.training.held_out import HeldOut
 from draftopd.training.optimizers import adamw
 from draftopd.training.run_state import RunState
 from draftopd.training.schedules import cosine
-from draftopd.training.step import StepAccount
+from draftopd.training.step import Comparison, StepAccount
 
-#: Tells apart the draws of replay from those that find fresh anchors in the same step.
+#: Replay and the search for fresh anchors draw separately in the same step.
 _REPLAY_DRAWS, _ANCHOR_DRAWS = 1, 2
 
 
 class DraftModule(L.LightningModule):
-    """Replays recorded anchors with the drafter, distils from the target, decodes to validate.
+    """Replays recorded anchors with the drafter, distils from the target, and decodes to validate.
 
     Args:
-        target: frozen. It is not a submodule, so that strategies neither copy, broadcast nor save it.
+        target: frozen; not a submodule, so that strategies do not copy, broadcast or save it.
         drafter: trained.
         loss: see :mod:`draftopd.losses.base`.
         rules: how proposals are chosen and verified in replay and validation, as in the rollout.
-        optimizer: makes the optimizer of the drafter's parameters.
-        schedule: called with the optimizer and ``total_steps``, gives its schedule; None keeps the rate.
-        fresh: finds in every step the anchors of the drafter as it then is; None takes the batch's.
-        seed: of proposals drawn above temperature 0.
+        optimizer: makes the optimizer from the drafter's parameters.
+        schedule: makes the schedule from the optimizer and ``total_steps``; None keeps the rate.
+        fresh: finds the current drafter's anchors in every step; None takes those of the batch.
+        seed: seed of proposals drawn above temperature 0.
         compiled: decode through torch.compile in validation.
-        count_flops: count what target, drafter and rollouts multiply. It costs time, and cannot look into compiled
-            decoding.
+        count_flops: count the operations of target, drafter and rollouts. It costs time.
         max_skipped_in_a_row: steps whose loss or gradient is not finite are skipped; more than this many end the run.
-        keep_nonfinite: how many of their batches are kept per rank in the run directory, the newest.
+        keep_nonfinite: at most this many of the newest skipped batches are kept per rank in the run directory.
 
     Raises:
-        ConfigError: if one of the last two is negative, or compiled decoding is to be counted.
+        ConfigError: if one of the last two is negative, or ``compiled`` and ``count_flops`` are both set.
     """
 
     def __init__(
@@ -76,34 +73,29 @@ class DraftModule(L.LightningModule):
         keep_nonfinite: int = 3,
     ) -> None:
         super().__init__()
-        if keep_nonfinite < 0:
-            raise ConfigError(f"module.keep_nonfinite must be 0 or more, found {keep_nonfinite}.")
         if count_flops and compiled:
-            raise ConfigError("module.count_flops=true cannot look into compiled decoding: leave compiled=true out.")
+            raise ConfigError("module.count_flops=true cannot count compiled decoding: leave compiled=true out.")
         drafter.config.check_fits(target.shape)
         self._frozen = (target.tap(drafter.target_layer_ids),)
         self.drafter, self.loss, self.rules, self.fresh = drafter, loss, rules, fresh
         self.make_optimizer, self.make_schedule = optimizer, schedule
-        self.seed, self.compiled, self.keep_nonfinite = seed, compiled, keep_nonfinite
+        self.seed, self.compiled = seed, compiled
         self.run = RunState(count_flops, max_skipped_in_a_row)
         self.clock = self.run.clock
-        #: Set in any of several ranks: all end after the step in flight.
-        self.stop_asked = False
-        self.agreement, self.by_entropy = Agreement(), EntropyAcceptance()
-        self.held_out = HeldOut(drafter.num_proposals)
+        self.stop_asked = False  # set in one rank, it stops all ranks after the current step
+        self.comparison, self.held_out = Comparison(), HeldOut(drafter.num_proposals)
+        self._account = StepAccount(drafter, self.run.skips, keep_nonfinite)
         self._shards: Shards | None = None
         self._total_steps = 1
 
     @property
     def target(self) -> Target:
-        """The frozen target."""
         return self._frozen[0]
 
     def setup(self, stage: str) -> None:
         if getattr(self.target.model, "hf_device_map", None) is None and self.device_mesh is None:
             self.target.to(self.trainer.strategy.root_device)
-        directory = Path(self.trainer.default_root_dir) / "nonfinite"
-        self._account = StepAccount(self.drafter, self.run.skips, directory, self.keep_nonfinite)
+        self._account.begin(Path(self.trainer.default_root_dir) / "nonfinite")
 
     def configure_model(self) -> None:
         """Spread target and drafter over the processes, where the strategy has a mesh of devices."""
@@ -116,16 +108,14 @@ class DraftModule(L.LightningModule):
         if self.make_schedule is None:
             return optimizer
         schedule = self.make_schedule(optimizer, total_steps=self._total_steps)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    # A training step: the target reads, the drafter drafts, blocks are compared, the loss follows.
+        return [optimizer], [{"scheduler": schedule, "interval": "step"}]
 
     def training_step(self, batch: ReplayBatch, batch_idx: int) -> Tensor:
         logs_now = self.trainer.global_step % max(1, self.trainer.log_every_n_steps) == 0  # type: ignore[attr-defined]
         self.clock.step(timed=logs_now)
         batch, blocks, scored = self._replay(batch, logs_now)
         if scored is not None:
-            self._measure(scored)
+            self.log_dict(self.comparison.step(scored))
         self.loss.progress = self.global_step / self._total_steps
         with self.clock("loss"):
             output = self.loss(blocks)
@@ -133,19 +123,15 @@ class DraftModule(L.LightningModule):
         return output.loss
 
     def _replay(self, batch: ReplayBatch, measured: bool) -> tuple[ReplayBatch, Blocks, Blocks | None]:
-        """The batch as it was replayed, its blocks for the loss and, where ``measured``, scored in every slot."""
-        scope, target, drafter = self.loss.scope, self.target, self.drafter
+        """The replayed batch, its blocks for the loss and, where ``measured``, its blocks scored in every slot."""
+        scope, target, drafter, step = self.loss.scope, self.target, self.drafter, self.global_step
         with self._shards.step() if self._shards else nullcontext():
             with self.clock("target"):
                 states = scope != "none" or measured or (self.fresh is not None and self.fresh.needs_states)
                 reading = read(target, batch, states)
             if self.fresh is not None:
                 with self.clock("walk"), self.drafting():
-                    batch = self.fresh.renew(
-                        target, drafter, batch, reading, self._draws(_ANCHOR_DRAWS), self.global_step
-                    )
-                # Before torch 2.10 weights that autocast cast without gradients kept none in the pass that follows.
-                torch.clear_autocast_cache()
+                    batch = self.fresh.renew(target, drafter, batch, reading, self._draws(_ANCHOR_DRAWS), step)
             with self.clock("drafter"):
                 drafts = draft(
                     target, drafter, reading, batch, self.rules,
@@ -162,71 +148,49 @@ class DraftModule(L.LightningModule):
 
     def on_before_optimizer_step(self, optimizer: Optimizer) -> None:
         scaler = getattr(self.trainer.precision_plugin, "scaler", None)
-        about = {
-            "step": self.global_step, "epoch": self.current_epoch, "rank": self.global_rank, "ranks": ranks.count(),
-            "seed": self.seed,
-        }  # fmt: skip
+        about = {"step": self.global_step, "epoch": self.current_epoch, "rank": self.global_rank, "seed": self.seed}
         rescales = scaler is not None and scaler.get_scale() > 1
         figures = self._account.close(optimizer, about, rescales, self.stop_asked)
         self.run.tokens += figures.tokens
         logged = figures.logged(self.global_step)
-        logged |= {"tokens": float(self.run.tokens), "skipped_steps": float(self.run.skips.total)}
-        logged |= {f"flops/{part}": spent for part, spent in self.run.flops().items()}
-        self.log_dict({f"train/{name}": value for name, value in logged.items()})
-        self.log("loss", logged["loss"], prog_bar=True, logger=False)
+        self.log_dict(logged | self.run.logged())
+        self.log("loss", logged["train/loss"], prog_bar=True, logger=False)
         if figures.stop_asked:
-            self.trainer._signal_connector.received_sigterm = True  # what Lightning looks at when the step is over
-
-    def _measure(self, blocks: Blocks) -> None:
-        """Log how target and drafter compare on the drafter's own tokens."""
-        found = slot_agreement(blocks)
-        self.agreement.update(blocks, found)
-        self.by_entropy.update(found.target_entropy, blocks.accepted, blocks.valid)
-        self.log_dict({f"train/{k}": v for k, v in self.agreement.compute().items()})
-        self.agreement.reset()
+            self.trainer._signal_connector.received_sigterm = True  # Lightning reads it after the step
 
     def on_train_epoch_start(self) -> None:
-        # The drafter that a run ends with is validated, however rarely tau is measured on the way.
+        # The final drafter is always validated.
         if self.trainer.check_val_every_n_epoch and self.trainer.current_epoch + 1 == self.trainer.max_epochs:
             self.trainer.check_val_every_n_epoch = 1
 
     def on_train_epoch_end(self) -> None:
-        # An epoch shorter than the logging interval may have measured nothing, on any rank.
-        if self.by_entropy.update_called:
-            for edge, rate in self.by_entropy.compute().items():
-                self.log(f"acceptance_by_target_entropy/from_{edge:g}_nats", rate)
-            self.by_entropy.reset()
-
-    # Decoding: validation, the test, and the contexts that rollouts share with them.
-
-    def decoder(self) -> Decoder:
-        """Speculative decoding with the drafter as it is now."""
-        return Decoder(self.target, self.drafter, self.rules, self.compiled)
+        self.log_dict(self.comparison.epoch())
 
     def decoding(self) -> AbstractContextManager[None]:
-        """Around decoding: ranks may use target and drafter as often as their own texts need, but leave together.
+        """Each rank uses target and drafter as often as it needs, and all ranks leave together.
 
-        Nothing else that ranks do together, such as sums and barriers, may happen inside.
+        Inside, ranks must not sum or wait together.
         """
         return self._shards.decoding() if self._shards else nullcontext()
 
     @contextmanager
     def drafting(self) -> Iterator[None]:
-        """The drafter as it decodes: without dropout, whatever it is in training, and in the trainer's precision."""
+        """The drafter as it decodes: without dropout, and in the trainer's precision."""
         training = self.drafter.training
         self.drafter.eval()
         try:
-            # Hooks of callbacks, unlike those of steps, run outside of it.
+            # Lightning enters this context for steps, not for the hooks of callbacks.
             with self.trainer.precision_plugin.forward_context():
                 yield
         finally:
             self.drafter.train(training)
 
     def _decode(self, prompts: list[list[int]], batch_idx: int) -> list[Decoded]:
-        """Decode a batch, on which all ranks work together; a rank's last batch may be empty."""
+        """Decode a batch. All ranks must call it; a rank's last batch may be empty."""
         generator = torch.Generator(self.device).manual_seed(ranks.own(ranks.mix(self.seed, batch_idx)))
         with self.decoding(), ends_at_once():
-            return self.decoder().decode_batch(prompts, generator) if prompts else []
+            decoder = Decoder(self.target, self.drafter, self.rules, self.compiled)
+            return decoder.decode_batch(prompts, generator) if prompts else []
 
     def on_fit_start(self) -> None:
         self.run.start_clock()
@@ -241,13 +205,11 @@ class DraftModule(L.LightningModule):
         return {"decoded": decoded}
 
     def on_validation_epoch_end(self) -> None:
-        seconds = self.run.stop_clock()
-        if seconds is not None:
-            self.log("time/training_seconds", seconds)
+        self.log_dict(self.run.stop_clock())
         figures = self.held_out.compute()
-        self.run.tau_after = float(figures["tau"])
+        self.run.tau_after = float(figures["val/tau"])
         for name, value in figures.items():
-            self.log(f"val/{name}", value, prog_bar=name == "tau", sync_dist=False)
+            self.log(name, value, prog_bar=name == "val/tau")
 
     def on_test_epoch_start(self) -> None:
         self.held_out.tested = {}
@@ -257,18 +219,15 @@ class DraftModule(L.LightningModule):
         self.held_out.tested |= {index: d.emitted for (index, _), d in zip(batch, decoded, strict=True)}
 
     def on_test_epoch_end(self) -> None:
-        figures = self.held_out.compute_test()
-        self.log_dict({f"test/{name}": value for name, value in figures.items()}, rank_zero_only=True)
-
-    # Checkpoints.
+        self.log_dict(self.held_out.compute_test(), rank_zero_only=True)
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["drafter"] = self.drafter.config.to_json()  # so that it can be exported by itself
+        checkpoint["drafter"] = self.drafter.config.to_json()  # export needs no other file
         checkpoint["run"] = self.run.state()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.run.restore(checkpoint["run"])
 
     def _draws(self, purpose: int) -> int:
-        """The seed of a micro-batch's draws: another one in every step, rank and micro-batch, and for each purpose."""
+        """The seed of a micro-batch's draws, different for every step, rank, micro-batch and purpose."""
         return ranks.mix(self.seed, self.global_step, self.global_rank, len(self._account.batches), purpose)

@@ -1,4 +1,4 @@
-"""Optimizers of the drafter's parameters; any function of the parameters serves as one."""
+"""Optimizers of the drafter's parameters; any function from parameters to an optimizer can replace them."""
 
 from __future__ import annotations
 
@@ -50,11 +50,7 @@ def muon(
 
 
 class Together(Optimizer):
-    """Several optimizers that step as one, over the groups of all of them.
-
-    Args:
-        parts: each with parameters of its own.
-    """
+    """Several optimizers, each with its own parameters, that step as one over the groups of all."""
 
     def __init__(self, parts: list[Optimizer]) -> None:
         self.parts = parts

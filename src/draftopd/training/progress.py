@@ -10,7 +10,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 @contextmanager
 def rollout_progress(prompts: int, label: str = "Rollout") -> Iterator[Callable[[int, int], None]]:
-    """A bar over prompts with prompts and tokens a second and the time left; yields ``advance(prompts, tokens)``."""
+    """A bar over prompts with prompts and tokens per second and the time left; yields ``advance(prompts, tokens)``."""
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(),
         TextColumn("{task.fields[rate]}"), TimeRemainingColumn(),

@@ -1,4 +1,4 @@
-"""Rolls out with the current drafter and fills the anchor buffer."""
+"""The callback that rolls out with the current drafter and fills the anchor buffer."""
 
 from __future__ import annotations
 
@@ -31,8 +31,7 @@ class RefreshAnchors(L.Callback):
         root: the buffer's directory.
         every_n_epochs: epochs between two refreshes; 0 rolls out once, before the first epoch.
         max_new_tokens: response limit of the texts; None takes that of validation.
-        seed: of the rollout.
-        show_progress: draw a progress bar.
+        seed: seed of the rollout.
     """
 
     def __init__(
@@ -47,7 +46,7 @@ class RefreshAnchors(L.Callback):
         self.rollout, self.root = rollout, Path(root)
         self.every_n_epochs, self.max_new_tokens = every_n_epochs, max_new_tokens
         self.seed, self.show_progress = seed, show_progress
-        #: Generation now replayed, and the step of the drafter that made it; in checkpoints too.
+        #: The generation that is replayed, and the step of the drafter that made it; saved in checkpoints.
         self.made: tuple[int, int] | None = None
 
     def state_dict(self) -> dict[str, Any]:
@@ -57,7 +56,7 @@ class RefreshAnchors(L.Callback):
         self.made = state_dict["made"] and tuple(state_dict["made"])
 
     def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
-        # An epoch that goes on in its middle does not start again.
+        # on_train_epoch_start is not called for an epoch that continues in its middle.
         if trainer.fit_loop.restarted_mid_epoch:
             self._provide(trainer, cast(DraftModule, pl_module), due=False)
 
@@ -67,32 +66,34 @@ class RefreshAnchors(L.Callback):
         self._provide(trainer, cast(DraftModule, pl_module), due)
 
     def _provide(self, trainer: L.Trainer, module: DraftModule, due: bool) -> None:
-        """See that this epoch's generation is there: roll out what is due, missing or damaged.
+        """Roll out this epoch's generation if it is due, missing or damaged.
 
-        A generation that is not due was made by an earlier drafter. Where it must be made again, the present one
-        makes it: on policy, but not what was lost.
+        A generation that is not due was made by an earlier drafter. If it is lost, the current drafter makes another
+        one: on policy, but with other anchors.
         """
         epoch, step = trainer.current_epoch, trainer.global_step
         generation = epoch // self.every_n_epochs if self.every_n_epochs else 0
         made: tuple[int, int | None] = (generation, step)
         if not due:
             made = self.made if self.made and self.made[0] == generation else (generation, None)
-        stands, problem = self._stands(*made)
-        if not trainer.strategy.reduce_boolean_decision(stands):
+        is_there, problem = self._check_buffer(*made)
+        if not trainer.strategy.reduce_boolean_decision(is_there):
             if problem and trainer.is_global_zero:
-                log.warning("%s This run does so now.", problem)
+                log.warning("%s This run now does it.", problem)
             if not due and made[1] != step and trainer.is_global_zero:
-                log.warning("This epoch's rollout was an earlier drafter's: the one of step %d makes it anew.", step)
+                log.warning(
+                    "An earlier drafter made this epoch's rollout. The drafter of step %d makes it again.", step
+                )
             self.refresh(trainer, module, generation)
             self.made = (generation, step)
         elif due:
             self.made = (generation, step)
 
     def refresh(self, trainer: L.Trainer, module: DraftModule, generation: int) -> None:
-        """Roll out the next stretch of prompts into a new generation."""
+        """Roll out the prompts of a new generation."""
         data = _data(trainer)
         assert data.encoder is not None
-        places = data.stretch(generation, trainer.global_rank, trainer.world_size)
+        indices = data.stretch(generation, trainer.global_rank, trainer.world_size)
         writer = BufferWriter(
             self.root, generation, trainer.global_step, rank=trainer.global_rank, barrier=trainer.strategy.barrier
         )
@@ -103,11 +104,11 @@ class RefreshAnchors(L.Callback):
             module.drafting(),
             module.clock("rollout"),
             writer,
-            rollout_progress(len(places)) if shown else nullcontext(lambda texts, tokens: None) as progress,
+            rollout_progress(len(indices)) if shown else nullcontext(lambda texts, tokens: None) as progress,
             module.decoding(),
         ):
             request = Request(
-                module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(places), places,
+                module.target, module.drafter, data.encoder.tokenizer, lambda: data.prompts(indices), indices,
                 rules, data.max_prompt_tokens, mix(self.seed, generation), progress,
             )  # fmt: skip
             for batch in self.rollout.collect(request):
@@ -121,10 +122,10 @@ class RefreshAnchors(L.Callback):
             logged = {f"rollout/{name}": float(value) for name, value in figures.items()}
             trainer.logger.log_metrics(logged, step=trainer.global_step)
 
-    def _stands(self, generation: int, step: int | None) -> tuple[bool, str]:
-        """Whether the buffer is just this generation, rolled out by just this drafter; else what is wrong with it.
+    def _check_buffer(self, generation: int, step: int | None) -> tuple[bool, str]:
+        """Whether the buffer holds this generation, made by the drafter of this step (None: any); else its damage.
 
-        A buffer that is absent, or another rollout's, is not wrong. None stands for any drafter.
+        The damage is empty if the buffer is absent or holds another generation.
         """
         try:
             manifest = AnchorBuffer.latest(self.root).manifest

@@ -1,4 +1,4 @@
-"""Where a run's time and arithmetic go."""
+"""Time and floating-point operations of a run, by section."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-#: Sections of a training step; the other sections stand alone.
+#: Sections of a training step; other sections are outside of steps.
 STEP_SECTIONS = ("target", "walk", "drafter", "loss", "backward")
 
 
 class Stopwatch:
     """Seconds by section: ``with clock("target"): ...``.
 
-    A GPU works behind the program, so that a section's time is known only by waiting for it, which costs time itself.
-    Therefore sections of a training step wait at the steps that :meth:`step` is told to time, and the seconds of the
-    others are taken to be alike. On a CPU every step is timed.
+    A GPU runs behind the program, so that timing a section means waiting for it, which costs time. Sections of a
+    training step therefore wait only at the steps that :meth:`step` is told to time; the seconds of the other steps
+    are extrapolated. On a CPU every step is timed.
 
     Args:
         counts: also count the floating-point operations of matrix multiplications and attention, two per
@@ -35,7 +35,7 @@ class Stopwatch:
         self._steps = self._timed_steps = 0
 
     def step(self, timed: bool) -> None:
-        """Begin a training step, and say whether its sections are worth waiting for."""
+        """Begin a training step; ``timed`` says whether its sections are timed on a GPU."""
         self._timed = timed or not torch.cuda.is_available()
         self._steps += 1
         self._timed_steps += self._timed
@@ -64,14 +64,14 @@ class Stopwatch:
         return {s: t * (factor if s in STEP_SECTIONS else 1.0) for s, t in self._measured.items()}
 
     def state(self) -> dict[str, Any]:
-        """For a checkpoint."""
+        """The state for a checkpoint."""
         return {
             "measured": dict(self._measured), "operations": dict(self.operations),
             "steps": self._steps, "timed_steps": self._timed_steps,
         }  # fmt: skip
 
     def restore(self, state: dict[str, Any]) -> None:
-        """Continue from what :meth:`state` gave."""
+        """Continue from a :meth:`state`."""
         self._measured.update(state["measured"])
         self.operations.update(state["operations"])
         self._steps, self._timed_steps = state["steps"], state["timed_steps"]
@@ -82,7 +82,7 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-# torch's counter knows the attention kernels of GPUs only (2.13).
+# torch's counter (2.13) knows only the attention kernels of GPUs.
 def _attention(query: Any, key: Any, value: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
     return int(sdpa_flop_count(query, key, value))
 

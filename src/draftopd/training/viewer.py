@@ -1,4 +1,4 @@
-"""Drafts to look at: decoded text marked with its blocks, and the histogram of rejections."""
+"""Decoded texts marked with their blocks, and the histogram of rejections, in TensorBoard."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class DraftViewer(L.Callback):
     """After each validation, write its first decoded texts, marked by block, and the rejections to TensorBoard.
 
     Args:
-        prompts: how many texts to show.
+        prompts: number of texts shown.
     """
 
     def __init__(self, prompts: int = 2) -> None:
@@ -34,7 +34,7 @@ class DraftViewer(L.Callback):
 
     def on_validation_epoch_end(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
         assert isinstance(pl_module, DraftModule)
-        counts = pl_module.held_out.rejections.compute().cpu()  # by every rank
+        counts = pl_module.held_out.rejections.compute().cpu()  # every rank must call it
         loggers = [logger for logger in trainer.loggers if isinstance(logger, TensorBoardLogger)]
         if trainer.sanity_checking or not trainer.is_global_zero or not loggers:
             return
