@@ -235,3 +235,36 @@ def curves(panel: Axes, groups: Mapping[str, Any]) -> None:
         panel.plot(*points.mean(0).T, "o-", ms=3, color=colour, label=name)
         for seed in points:
             panel.plot(*seed.T, lw=0.7, alpha=0.4, color=colour)
+
+
+def draw_gains(gains: Mapping[str, Sequence[float]], edge: float) -> None:
+    """Gains with intervals, sorted; those below ``edge`` are written at the left edge instead of drawn."""
+    ordered = sorted(gains.items(), key=lambda item: item[1][0])
+    panel = panels(8.2, 0.2 * len(ordered) + 0.8, columns=1)
+    for y, (_, found) in enumerate(ordered):
+        value, low, high = (100 * v for v in found)
+        colour = COLOURS[2] if low > 0 else COLOURS[1] if high < 0 else GREY
+        if value < 100 * edge:
+            panel.text(100 * edge, y, f"◀ {value:.0f} %", va="center", fontsize=8, color=colour)
+        else:
+            panel.errorbar(value, y, xerr=[[value - low], [high - value]], fmt="o", ms=4, capsize=2, color=colour)
+    panel.axvline(0, color="black", lw=0.8)
+    panel.set_yticks(range(len(ordered)), [name for name, _ in ordered], fontsize=8)
+    panel.set(xlabel="test tau over the default's (%), 95 % interval", xlim=(100 * edge - 0.3, None))
+    panel.set_ylim(-0.7, len(ordered) - 0.3)
+    plt.show()
+
+
+def draw_matrix(values: Any, names: Sequence[str], what: str) -> None:
+    """A symmetric matrix of values between -1 and 1, with numbered rows."""
+    panel = panels(7.4, 5.2, columns=1)
+    image = panel.imshow(values, vmin=-1, vmax=1, cmap="PuOr_r")
+    for i, j in np.ndindex(*values.shape):
+        colour = "white" if abs(values[i, j]) > 0.7 else "black"
+        panel.text(j, i, f"{values[i, j]:.2f}", ha="center", va="center", fontsize=7, color=colour)
+    panel.set_xticks(range(len(names)), range(1, len(names) + 1))
+    panel.set_yticks(range(len(names)), [f"{name}  {i}" for i, name in enumerate(names, start=1)], fontsize=8)
+    panel.spines[:].set_visible(False)
+    panel.tick_params(length=0)
+    panel.figure.colorbar(image, label=what, shrink=0.8)
+    plt.show()
