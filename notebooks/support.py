@@ -34,7 +34,7 @@ from draftopd.targets.target import Target
 ROOT = Path(draftopd.__file__).parents[2]
 GREY = "#888888"
 #: The colours that a drafter or a run has in all figures.
-COLOUR_OF = {"SFT": COLOURS[0], "on-policy": COLOURS[1], "plain": "black"}
+COLOUR_OF = {"SFT": COLOURS[0], "on-policy": COLOURS[1], "plain": "black", "corrected": COLOURS[2], "broken": GREY}
 
 # SVG without a date and with fixed ids, so that another run of the same code gives the same file.
 shell = get_ipython()
@@ -268,3 +268,17 @@ def draw_matrix(values: Any, names: Sequence[str], what: str) -> None:
     panel.tick_params(length=0)
     panel.figure.colorbar(image, label=what, shrink=0.8)
     plt.show()
+
+
+def draw_anchors(rollouts: Mapping[str, Sequence[Decoded]], count: int) -> None:
+    """A mark at each anchor of the first texts, with a row for each drafter."""
+    panel = panels(8.2, 2.8, columns=1)
+    for offset, (name, decodes) in zip((-0.19, 0.19), rollouts.items()):
+        marks = [(a - len(d.prompt), row + offset) for row, d in enumerate(decodes[:count], start=1) for a in d.anchors]
+        strokes = [point for x, y in marks for point in ((x, y - 0.17), (x, y + 0.17), (np.nan, np.nan))]
+        panel.plot(*zip(*strokes), lw=1.3, solid_capstyle="butt", color=COLOUR_OF[name], label=name)
+    ends = [len(d.response) for d in decodes[:count]]
+    panel.plot(ends, range(1, count + 1), ">", ms=4, color=GREY, label="end of the text")
+    panel.set(xlabel="token of the response", ylabel="prompt", ylim=(count + 0.6, 0.4), xlim=(-1, None))
+    panel.set_yticks(range(1, count + 1))
+    show(panel, "outside upper right")
