@@ -6,8 +6,12 @@ from draftopd.cli.quiet import quiet
 
 quiet()
 
-from collections.abc import Iterable, Mapping, Sequence
+import sys
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import matplotlib.pyplot as plt
@@ -28,13 +32,14 @@ from draftopd.drafters.base import Drafter
 from draftopd.drafters.load import load_for
 from draftopd.evaluation.plots import COLOURS
 from draftopd.evaluation.statistics import Interval
+from draftopd.losses.base import Loss
 from draftopd.targets.load import load_target, load_tokenizer, stop_tokens
 from draftopd.targets.target import Target
 
 ROOT = Path(draftopd.__file__).parents[2]
 GREY = "#888888"
 #: The colours that a drafter or a run has in all figures.
-COLOUR_OF = {"SFT": COLOURS[0], "on-policy": COLOURS[1], "plain": "black", "corrected": COLOURS[2], "broken": GREY}
+COLOUR_OF = {"SFT": COLOURS[0], "on-policy": COLOURS[1], "plain": "black", "fixed": COLOURS[2], "broken": GREY}
 
 # SVG without a date and with fixed ids, so that another run of the same code gives the same file.
 shell = get_ipython()
@@ -282,3 +287,74 @@ def draw_anchors(rollouts: Mapping[str, Sequence[Decoded]], count: int) -> None:
     panel.set(xlabel="token of the response", ylabel="prompt", ylim=(count + 0.6, 0.4), xlim=(-1, None))
     panel.set_yticks(range(1, count + 1))
     show(panel, "outside upper right")
+
+
+def configured(name: str, yaml: str, function: Callable[..., Any]) -> Any:
+    """The loss of ``python train.py loss=NAME`` for this function in ``losses/NAME.py`` and this YAML in ``configs/``."""
+    from hydra import compose, initialize_config_dir
+    from hydra.utils import instantiate
+
+    module = ModuleType(f"draftopd.losses.{name}")
+    setattr(module, function.__name__, function)
+    sys.modules[module.__name__] = module
+    with TemporaryDirectory() as folder:
+        (Path(folder) / "loss").mkdir()
+        (Path(folder) / "loss" / f"{name}.yaml").write_text(yaml)
+        with initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
+            return instantiate(compose("train", [f"loss={name}", f"hydra.searchpath=[file://{folder}]"]).loss)
+
+
+class Run(NamedTuple):
+    """Tokens emitted by each block of each test prompt, and the mean accepted length in each training step."""
+
+    emitted: list[list[int]]
+    accepted: list[float]
+
+
+def train(models: Bundled, drafter: Drafter, loss: Loss, epochs: int) -> Run:
+    """A short run: in each epoch a speculative rollout of 24 prompts and 8 steps of 8 texts; then 32 test prompts."""
+    import lightning as L
+
+    from draftopd.rollout.rollouts import SpeculativeRollout
+    from draftopd.training.datamodule import ReplayDataModule
+    from draftopd.training.module import DraftModule
+    from draftopd.training.optimizers import adamw
+    from draftopd.training.refresh import RefreshAnchors
+
+    accepted: list[float] = []
+
+    class Accepted(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, *_: Any) -> None:
+            accepted.append(float(trainer.callback_metrics["train/accepted_length"]))
+
+    L.seed_everything(0, verbose=False)
+    data = ReplayDataModule(
+        ReasoningPrompts("train"), ReasoningPrompts("validation"), prompts_per_refresh=24, validation_count=1,
+        batch_size=8, batches_per_epoch=8, test_prompts=ReasoningPrompts("test"), test_count=32,
+    )  # fmt: skip
+    module = DraftModule(models.target, drafter, loss, models.rules, partial(adamw, lr=1e-3))
+    with TemporaryDirectory() as folder:
+        anchors = Path(folder) / "anchors"
+        data.attach(models.tokenizer, anchors, drafter.num_proposals)
+        refresh = RefreshAnchors(SpeculativeRollout(), anchors, show_progress=False)
+        trainer = L.Trainer(
+            accelerator="cpu", max_epochs=epochs, gradient_clip_val=1.0, limit_val_batches=0,
+            callbacks=[refresh, Accepted()], default_root_dir=folder, logger=False, enable_checkpointing=False,
+            enable_progress_bar=False, enable_model_summary=False,
+        )  # fmt: skip
+        if epochs:
+            trainer.fit(module, data)
+        trainer.test(module, data, verbose=False)
+    return Run(list(module.held_out.tested.values()), accepted)
+
+
+def draw_steps(panel: Axes, values: Mapping[str, Sequence[float]], per_epoch: int) -> None:
+    """A dot per step, and a line at the mean of each epoch."""
+    for number, (name, steps) in enumerate(values.items()):
+        colour = COLOURS[number]
+        panel.plot(range(1, len(steps) + 1), steps, ".", ms=5, alpha=0.5, color=colour)
+        for begin in range(0, len(steps), per_epoch):
+            mean = [float(np.mean(steps[begin : begin + per_epoch]))] * 2
+            panel.plot([begin + 0.7, begin + per_epoch + 0.3], mean, lw=2.2, color=colour, label="" if begin else name)
+    panel.set_xticks(range(0, len(steps) + 1, per_epoch))
+    panel.legend(loc="lower right")
