@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -59,6 +60,8 @@ def test_runs(path: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> No
 
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     monkeypatch.setenv("IPYTHONDIR", str(tmp_path / "ipython"))
+    # They import support.py from beside them, and are run elsewhere to see whether they leave files.
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join(filter(None, (str(path.parent), os.environ.get("PYTHONPATH")))))
     notebook = nbformat.read(path, as_version=4)
     nbformat.validate(notebook)
     work = tmp_path / "work"

@@ -44,6 +44,8 @@ from draftopd.evaluation.plots import COLOURS
 
 SWEEPS = sorted(p.stem for p in (ROOT / "configs" / "experiment" / "ablation").glob("*.yaml") if p.stem != "base")
 TABLE, KEPT = RESULTS / "ablations.csv", RESULTS / "ablations.json"
+#: Options that were measured and then removed, and what to call their values.
+REMOVED = {"refresh.every_n_steps": "every {} steps"}
 REPORTED = ("steps", "tokens", "tau_after", "test_tau")
 
 
@@ -103,9 +105,9 @@ def jobs_of(sweep: str, seeds: Sequence[int]) -> list[Job]:
 
 
 def configuration(overrides: list[str]) -> str:
-    """Everything that changes a run's result, so without its name and its logger."""
+    """Everything that changes a run's result, so without its name, its logger and its callbacks."""
     config = compose("train", overrides)
-    config.name = config.logger = None
+    config.name = config.logger = config.callbacks = None
     return json.dumps(OmegaConf.to_container(config, resolve=True), sort_keys=True)
 
 
@@ -162,6 +164,7 @@ def draw(kept: list[dict[str, Any]]) -> None:
     sweeps = [rows for rows in sweeps if len(rows) > 1]
     columns = 3
     figure = Figure(figsize=(3.4 * columns, 2.1 * -(-len(sweeps) // columns)), layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
     panels = list(figure.subplots(-(-len(sweeps) // columns), columns, squeeze=False).flat)
     for panel, rows in zip(panels, sweeps, strict=False):
         for y, row in enumerate(rows):
@@ -169,7 +172,9 @@ def draw(kept: list[dict[str, Any]]) -> None:
             colour = "black" if row["default"] else COLOURS[0]
             panel.errorbar(value, y, xerr=[[value - low], [high - value]], marker="o", capsize=2, color=colour)
             panel.plot(list(row["tau_by_seed"].values()), [y + 0.25] * len(row["tau_by_seed"]), "|", color=colour)
-        panel.set_yticks(range(len(rows)), [row["value"] for row in rows], fontsize=8)
+        panel.set_yticks(
+            range(len(rows)), [REMOVED.get(row["key"], "{}").format(row["value"]) for row in rows], fontsize=8
+        )
         panel.set(ylim=(len(rows) - 0.4, -0.6))
         panel.set_title(rows[0]["sweep"], fontsize=9)
         panel.tick_params(axis="x", labelsize=8)
@@ -180,7 +185,8 @@ def draw(kept: list[dict[str, Any]]) -> None:
     save(figure, "ablations")
     table = [
         [
-            row["sweep"], f"`{row['key']}={row['value']}`", by_seed(row["tau_by_seed"]), plain(row["tau"]),
+            row["sweep"], REMOVED.get(row["key"], f"`{row['key']}={{}}`").format(row["value"]),
+            by_seed(row["tau_by_seed"]), plain(row["tau"]),
             "default" if row["default"] else percent(row["over_default"]),
         ]
         for row in chain.from_iterable(sweeps)

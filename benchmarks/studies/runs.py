@@ -71,7 +71,7 @@ def _same_settings(overrides: list[str], directory: Path) -> None:
     with _COMPOSING, initialize_config_dir(str(ROOT / "configs"), version_base="1.3"):
         config = compose("train", [o for o in overrides if not o.startswith("hydra.")])
     # These know the run's directory.
-    config.logger = None
+    config.logger = config.callbacks.best.dirpath = None
     if "store" in config.trajectories:
         config.trajectories.store = None
     wanted, found = settings(config), settings(OmegaConf.load(there))

@@ -15,7 +15,7 @@ from draftopd.errors import FileError
 from draftopd.io.files import read_json
 
 #: Set by where a run lies, not by what it is.
-_NOT_COMPARED = ("logger", "name", "trajectories.store", "rollout.trajectories.")
+_NOT_COMPARED = ("logger", "name", "trajectories.store", "rollout.trajectories.", "callbacks.best.dirpath")
 
 
 class Run(NamedTuple):
