@@ -290,7 +290,7 @@ def draw_anchors(rollouts: Mapping[str, Sequence[Decoded]], count: int) -> None:
 
 
 def configured(name: str, yaml: str, function: Callable[..., Any]) -> Any:
-    """The loss of ``python train.py loss=NAME`` for this function in ``losses/NAME.py`` and this YAML in ``configs/``."""
+    """The loss of ``python train.py loss=NAME``, for this function in ``losses/NAME.py`` and this YAML."""
     from hydra import compose, initialize_config_dir
     from hydra.utils import instantiate
 
