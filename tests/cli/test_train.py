@@ -72,7 +72,7 @@ def test_a_finished_run_is_not_run_again(finished: Path, chat_targets: dict[str,
         "train.py", "target=hf", f"target.path={chat_targets['qwen3']}", *DRAFTER, *SMALL, *COUNTED,
         f"hydra.run.dir={finished}",
     )  # fmt: skip
-    assert done.returncode == 0 and "This run has ended before" in done.stdout
+    assert done.returncode == 0 and "This run has ended already" in done.stdout
     assert (finished / "report.json").read_bytes() == before
 
 
