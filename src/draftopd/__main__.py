@@ -1,4 +1,4 @@
-"""One door to every command: ``python -m draftopd VERB``, or ``draftopd VERB`` where the package is installed."""
+"""All commands: ``python -m draftopd VERB``, or ``draftopd VERB`` where the package is installed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ Print memory and time of a training run before it is started. No weights and no 
     python -m draftopd plan target=qwen3_30b_a3b trainer.devices=8
     python -m draftopd plan experiment=paper target=qwen3_8b plan.gpu=A100 drafter.activation_checkpointing=true
 
-Takes the overrides of train.py, and plan.NAME=VALUE for what is assumed; docs/planning.md lists these.
+Takes the overrides of train.py, and plan.NAME=VALUE for its assumptions, which docs/planning.md lists.
 """
 COLLECT = """\
-Print training runs that have ended as one table (CSV): one row per run, the settings that differ, the results.
+Print training runs that have ended as one CSV table: one row per run, with the settings that differ and the results.
 
     python -m draftopd collect runs/ablation > ablation.csv
 """
@@ -34,8 +34,8 @@ Write a drafter of any kind in the format of a serving engine.
 
 `public` is the format in which each kind of drafter is published, loaded beside the target: DFlash as z-lab does (vLLM
 `method: dflash`, SGLang `DFLASH`, transformers), EAGLE-3 as SafeAILab and SpecForge do (vLLM `method: eagle3`, SGLang
-`EAGLE3`). `speculators` is vLLM's own, with the target filled in: `vllm serve OUT`. MTP heads have this format only. A
-training checkpoint can be exported while training goes on.
+`EAGLE3`). `speculators` is vLLM's own, which names the target: `vllm serve OUT`. MTP heads have only this format. A
+training checkpoint can be exported during training.
 """
 IMPORT = """\
 Write a drafter in the speculators format in its public one, from which training starts.
@@ -43,33 +43,33 @@ Write a drafter in the speculators format in its public one, from which training
     python -m draftopd import SPECULATORS_DIR OUT --target Qwen/Qwen3-8B
 """
 BUFFER = """\
-Print what an anchor buffer holds: its figures, and its first three sequences.
+Print the figures of an anchor buffer and its first three sequences.
 
     python -m draftopd buffer runs/opd/.../anchors
 """
 PAPER = """\
-Print the Draft-OPD paper's figures beside those of an evaluation of one's own.
+Print the Draft-OPD paper's figures beside those of your own evaluation.
 
     python -m draftopd paper runs/eval/.../results.json
 
-The paper's are means over its suite (thinking, temperature 0; arXiv 2605.29343); the run's are means over the
-benchmarks that it covered. A run's drafter stands in the paper's row where its target and its name say so: `eagle3`,
-`dflash` or `opd` in the name given by `checkpoint={dflash: DIR, opd: DIR}`.
+The paper's are means over its suite (thinking, temperature 0; arXiv 2605.29343); the run's are means over its own
+benchmarks. A run's drafter is put in the paper's row of its target and name: `eagle3`, `dflash` or `opd` in the name
+given by `checkpoint={dflash: DIR, opd: DIR}`.
 """
 PRETRAIN = """\
 Rebuild the bundled target, or make a small one of another family: pretrain, measure, and write the model card.
 
     python -m draftopd pretrain --out DIR
 
-The run can be cut off and started again with the same command: it continues from DIR/training.pt.
+An interrupted run continues from DIR/training.pt with the same command.
 """
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Run the verb that the arguments begin with, by default those of the process.
+    """Run the verb that the arguments start with, by default those of the process.
 
     Raises:
-        SystemExit: with the message of an error that the user can mend, or at the end of ``train`` and ``eval``.
+        SystemExit: with a message if the user can mend the error, and at the end of ``train`` and ``eval``.
     """
     given = sys.argv[1:] if arguments is None else arguments
     parser, verbs = _parser()
@@ -115,10 +115,12 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
         command.add_argument("output", help="directory to write")
         command.add_argument("--dtype", choices=("bfloat16", "float16", "float32"), default="bfloat16")
 
-    buffer = add("buffer", "print what an anchor buffer holds", _buffer, BUFFER)
+    buffer = add("buffer", "print the figures of an anchor buffer", _buffer, BUFFER)
     buffer.add_argument("directory", type=Path, help="anchors/ of a run, or one generation of it")
     paper = add("paper", "print the paper's figures beside an evaluation", _paper, PAPER)
-    paper.add_argument("results", type=Path, nargs="?", help="results.json of an evaluation; none: the paper alone")
+    paper.add_argument(
+        "results", type=Path, nargs="?", help="results.json of an evaluation; without it the paper alone"
+    )
     pretrain = add("pretrain", "rebuild the bundled target, or one of another family", _pretrain, PRETRAIN)
     pretrain.add_argument("--out", type=Path, required=True, help="directory for the model, and for resuming")
     for name, kind, line in (
@@ -128,7 +130,7 @@ def _parser() -> tuple[argparse.ArgumentParser, list[str]]:
     ):
         pretrain.add_argument(name, type=kind, default=argparse.SUPPRESS, help=line)
     families = ("qwen3", "llama")
-    pretrain.add_argument("--family", choices=families, default=argparse.SUPPRESS, help="whose layers it has (qwen3)")
+    pretrain.add_argument("--family", choices=families, default=argparse.SUPPRESS, help="family of its layers (qwen3)")
     return parser, list(verbs.choices)
 
 

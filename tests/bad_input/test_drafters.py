@@ -79,7 +79,7 @@ def spoil(value: float) -> Callable[[torch.Tensor], torch.Tensor]:
 
 READ = "cannot be read: .*Copy or train it again"
 NUMBER = "where a whole number belongs"
-LAYERS = "describes no qwen3 layers: "
+LAYERS = "does not describe qwen3 layers: "
 FIELDS = "lacks or garbles .*expected the DFlash fields"
 
 DFLASH: dict[str, tuple[Change, str]] = {
@@ -89,7 +89,7 @@ DFLASH: dict[str, tuple[Change, str]] = {
     "config cut off": (content("config.json", b'{"architectures": ['), READ),
     "config no UTF-8": (content("config.json", b"\xff\xfe{\x00}\x00"), READ),
     "config with BOM": (content("config.json", b"\xef\xbb\xbf{}"), "byte order mark: save it as UTF-8"),
-    "config a list": (content("config.json", b"[]"), "is no JSON object"),
+    "config a list": (content("config.json", b"[]"), "is not a JSON object"),
     "config nested deeply": (content("config.json", DEEP), "nests too deeply"),
     "config with endless number": (content("config.json", b'{"block_size": ' + b"9" * 5000 + b"}"), READ),
     "config with NUL": (content("config.json", b'{"a": "\x00"}'), READ),
@@ -120,7 +120,7 @@ DFLASH: dict[str, tuple[Change, str]] = {
     "block_size true": (config(block_size=True), f"True {NUMBER}"),
     "block_size 1": (config(block_size=1), "block_size 1 proposes nothing"),
     "block_size below 0": (config(block_size=-4), "block_size -4 proposes nothing"),
-    "block_size huge": (config(block_size=10**12), "more than any drafter's: use 1024 or less"),
+    "block_size huge": (config(block_size=10**12), "above the maximum: use 1024 or less"),
     "block_size infinite": (content("config.json", b'{"architectures": ["DFlashDraftModel"], "block_size": 1e999}'),
         f"inf {NUMBER}"),
     "depth missing": (config(num_target_layers=None), FIELDS),
@@ -149,14 +149,14 @@ DFLASH: dict[str, tuple[Change, str]] = {
         config(layer_types=["full_attention", "sliding_attention"], use_sliding_window=True, sliding_window=8),
         "sliding-window layers, which this drafter does not have",
     ),
-    "activation unknown": (config(hidden_act="import os"), "no drafter that can be built|describes no qwen3"),
-    "activation a number": (config(hidden_act=3), "no drafter that can be built|describes no qwen3"),
+    "activation unknown": (config(hidden_act="import os"), "a drafter that can be built|not describe qwen3"),
+    "activation a number": (config(hidden_act=3), "a drafter that can be built|not describe qwen3"),
     "rope a list": (config(rope_parameters=[1]), LAYERS),
     "rope a text": (config(rope_parameters="linear"), LAYERS),
-    "rope of unknown type": (config(rope_parameters={"rope_type": "odd"}), "no drafter that can be built|no qwen3"),
-    "rope without its factor": (config(rope_parameters={"rope_type": "linear"}), "built|no qwen3"),
+    "rope of unknown type": (config(rope_parameters={"rope_type": "odd"}), "a drafter that can be built|not describe qwen3"),
+    "rope without its factor": (config(rope_parameters={"rope_type": "linear"}), "built|not describe qwen3"),
     "rope_theta a text": (config(rope_theta="x"), LAYERS),
-    "rope_theta below 0": (config(rope_theta=-1.0), "rope_theta -1.0 is none"),
+    "rope_theta below 0": (config(rope_theta=-1.0), "rope_theta -1.0 is out of range"),
     "rms_norm_eps a text": (config(rms_norm_eps="small"), LAYERS),
     "rms_norm_eps below 0": (config(rms_norm_eps=-1.0), "rms_norm_eps -1.0"),
     "rms_norm_eps NaN": (config(rms_norm_eps=float("nan")), "rms_norm_eps nan"),
@@ -226,7 +226,7 @@ EAGLE3: dict[str, tuple[Change, str]] = {
     "d2t below 0": (tensors(d2t=spoil(-7)), "t2d and d2t"),
     "d2t twice the same": (tensors(d2t=lambda t: t - torch.arange(len(t))), "t2d and d2t"),
     "d2t of another length": (tensors(d2t=lambda t: t[:-1].clone()), "misshapen: .*d2t"),
-    "d2t of fractions": (tensors(d2t=lambda t: t.float()), "other kinds of number.*d2t torch.float32"),
+    "d2t of fractions": (tensors(d2t=lambda t: t.float()), "other types than a drafter's.*d2t torch.float32"),
     "t2d with another token": (tensors(t2d=lambda t: ~t), "t2d and d2t"),
     "t2d of another length": (tensors(t2d=lambda t: t[:-1].clone()), "misshapen: .*t2d"),
     "taps an object": (config(eagle_config=5), "lacks or garbles"),

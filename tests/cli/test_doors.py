@@ -57,9 +57,9 @@ def test_help_is_hydras_own() -> None:
     "words, message",
     [
         (["expot"], "Error: expot is not a verb of draftopd: did you mean 'export'?"),
-        (["train", "los=forward_kl"], "Error: los is no configuration key: did you mean 'loss'?"),
-        (["eval", "limt=3"], "Error: limt is no configuration key: did you mean 'limit'?"),
-        (["plan", "los=forward_kl"], "Error: los is no configuration key: did you mean 'loss'?"),
+        (["train", "los=forward_kl"], "Error: los is not a configuration key: did you mean 'loss'?"),
+        (["eval", "limt=3"], "Error: limt is not a configuration key: did you mean 'limit'?"),
+        (["plan", "los=forward_kl"], "Error: los is not a configuration key: did you mean 'loss'?"),
         (["collect", "."], "Error: No training run has ended under"),
         (["buffer", "nothing"], "Error: No anchor buffer"),
         (["paper", "nothing.json"], "Error: nothing.json is not the results.json of an evaluation"),

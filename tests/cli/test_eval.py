@@ -131,14 +131,14 @@ def test_what_is_done_is_not_decoded_again(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "override, message",
     [
-        ("batchsize=3", "batchsize is no configuration key: did you mean 'batch_size'?"),
+        ("batchsize=3", "batchsize is not a configuration key: did you mean 'batch_size'?"),
         ("benchmark=reasonin", "benchmark=reasonin does not exist: did you mean 'reasoning'?"),
         ("benchmark=[reasonin]", "benchmark=[reasonin] does not exist: did you mean 'reasoning'?"),
         ("benchmark=[reasoning,gsm8]", "benchmark=[reasoning,gsm8] does not exist: did you mean 'gsm8k'?"),
         ("benchmark=null", "write ~benchmark"),
         ("engine=serv", "engine=serv does not exist: did you mean 'server'?"),
         ("benchmark.reasoning.cont=3", "did you mean 'benchmark.reasoning.count'?"),
-        ("benchmark.gsm8k.count=3", "benchmark.gsm8k.count is no configuration key"),
+        ("benchmark.gsm8k.count=3", "benchmark.gsm8k.count is not a configuration key"),
         ("chekpoint=DIR", "did you mean 'checkpoint'?"),
     ],
 )

@@ -116,8 +116,8 @@ def test_flex_attention_equals_scaled_dot_products(
     begins: torch.Tensor | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Its own plain path, forward only: on a CPU it has no backward, and its compiled one is a GPU's affair."""
-    monkeypatch.setattr(attention, "_flex", lambda: flex_attention)
-    monkeypatch.setattr(attention, "_make_block_mask", lambda: create_block_mask)
+    plainly = {"flex_attention": flex_attention, "create_block_mask": create_block_mask}
+    monkeypatch.setattr(attention, "_compiled", plainly.__getitem__)
     generator = torch.Generator().manual_seed(0)
     ends = torch.tensor([[0, 2, 5, 9, 9], [1, 3, 4, 8, 11]])
     query = torch.randn(2, 4, 5, 3, 16, generator=generator)
@@ -265,7 +265,7 @@ class TestCheckFits:
             ("mask_token_id", -1, "mask_token_id -1"),
             ("block_size", 1, "block_size 1"),
             ("block_size", 0, "block_size 0"),
-            ("block_size", 1025, "block_size 1025 is more"),
+            ("block_size", 1025, "block_size 1025 is above"),
         ],
     )
     def test_refusals(self, target: Target, make_drafter: MakeDrafter, field: str, value: object, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The commands ``train`` and ``eval`` around Hydra: clear errors instead of tracebacks, no early heavy imports."""
+"""The commands ``train`` and ``eval`` around Hydra: errors without tracebacks, heavy imports as late as possible."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import nullcontext
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, NoReturn
 
@@ -26,7 +27,7 @@ def configs() -> Path:
 
 
 def run(name: str, arguments: list[str] | None = None) -> NoReturn:
-    """Run ``train`` or ``eval`` and end the process. A wrong group option or key ends it with the nearest valid one.
+    """Run ``train`` or ``eval`` and end the process. A wrong option or key ends it with the nearest valid name.
 
     Args:
         arguments: overrides and Hydra's flags; by default those of the process.
@@ -46,7 +47,8 @@ def run(name: str, arguments: list[str] | None = None) -> NoReturn:
 
     def task(config: DictConfig) -> None:
         sys.argv = whole  # with the verb: Lightning starts the other processes of a run with the same command
-        guarded(_train if name == "train" else _evaluate, config)
+        room = "draftopd.cli.training" if name == "train" else "draftopd.cli.evaluation"
+        guarded(lambda checked: import_module(room).run(checked), config)
 
     task.__module__ = name  # Hydra names the job, and thereby its log file, after the module
     sys.argv = [whole[0], *given]
@@ -57,20 +59,8 @@ def run(name: str, arguments: list[str] | None = None) -> NoReturn:
     _leave(None)
 
 
-def _train(config: DictConfig) -> None:
-    from draftopd.cli.training import run
-
-    run(config)
-
-
-def _evaluate(config: DictConfig) -> None:
-    from draftopd.cli.evaluation import run
-
-    run(config)
-
-
 def help_page(configs: Path, name: str) -> str:
-    """What ``--help`` prints. Hydra makes the same page from the same file, but takes a second to list the groups."""
+    """The page that ``--help`` prints. Hydra would make the same page, but takes a second to list the groups."""
     from omegaconf import OmegaConf
 
     page = OmegaConf.create({"hydra": {"help": OmegaConf.load(configs / "hydra" / "help" / f"{name}.yaml")}})
@@ -85,28 +75,28 @@ def help_page(configs: Path, name: str) -> str:
 def _leave(code: str | int | None) -> NoReturn:
     """End the process as ``sys.exit(code)`` does, but leave its memory to the system.
 
-    The interpreter would take all of torch down object by object: seconds of nothing to see, at whose beginning Ctrl-C
-    has already said that it stopped the run. Under a profiler, which writes afterwards, the interpreter ends as usual.
+    The interpreter would free torch object by object, which takes seconds after the last message. Under a profiler,
+    which writes at the end, the interpreter ends as usual.
     """
     if sys.getprofile() is not None:
         sys.exit(code)
     if isinstance(code, str):
         print(code, file=sys.stderr)
         code = 1
-    threading._shutdown()  # type: ignore[attr-defined]  # as the interpreter does: threads that are no daemons, then
-    atexit._run_exitfuncs()  # what was registered
+    threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as the interpreter does
+    atexit._run_exitfuncs()
     for stream in (sys.stdout, sys.stderr):
         try:
-            if stream is not None:  # closed before the command began
+            if stream is not None:  # None: closed before the command began
                 stream.flush()
         except OSError as error:
             code = code or 1
-            if error.errno != errno.EPIPE and stream is not sys.stderr:  # else nobody reads any more
+            if error.errno != errno.EPIPE and stream is not sys.stderr:  # EPIPE: the reader has ended
                 print(f"Error: the output could not be written: {error}", file=sys.stderr)
     os._exit(code or 0)
 
 
-#: What a system says of a disk that takes no more.
+#: Errors of a disk that cannot be written.
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 
 
@@ -123,14 +113,14 @@ def guarded(action: Callable[[DictConfig], None], config: DictConfig) -> None:
 
     try:
         check(OmegaConf.to_container(config, resolve=True))
-        # The other processes of a run work beside the first one in its directory; a plan has none.
+        # The first process of a run locks its directory for all; a plan has no directory.
         kept = HydraConfig.initialized() and is_first()
         with locked(Path(HydraConfig.get().runtime.output_dir)) if kept else nullcontext():
             action(config)
     except OmegaConfBaseException as error:
         sys.exit(f"Error: {str(error).splitlines()[0]}")
     except InstantiationException as error:
-        # A part refused its arguments: what it said is the cause, Hydra's wrapping is not for users.
+        # A part refused its arguments; users need its message without Hydra's wrapping.
         cause = error.__cause__
         if isinstance(cause, DraftOPDError | ValueError) or type(cause).__name__ == "MisconfigurationException":
             sys.exit(f"Error: {cause}")

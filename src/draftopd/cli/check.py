@@ -1,4 +1,4 @@
-"""Names and types of a composed configuration, checked before anything is loaded."""
+"""Checks the names and types of a composed configuration before anything is loaded."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from draftopd.errors import ConfigError
 
 
 def check(config: Any, path: str = "") -> None:
-    """Compare every ``_target_`` node with the signature of what it names.
+    """Compare every ``_target_`` node with the signature of the object that it names.
 
     Raises:
         ConfigError: naming the key, what was found, and what fits.
@@ -27,24 +27,26 @@ def check(config: Any, path: str = "") -> None:
     if not isinstance(config, dict):
         return
     if "_target_" in config:
-        _check_call(config, path)
+        check_call(_locate(config["_target_"], path), config, path)
     for key, value in config.items():
         check(value, f"{path}.{key}" if path else str(key))
 
 
-def _check_call(node: dict[str, Any], path: str) -> None:
-    called = _locate(node["_target_"], path)
+def check_call(called: Callable[..., Any], values: dict[str, Any], path: str = "") -> None:
+    """Compare the arguments at a key with a signature; keys with a leading ``_`` are Hydra's.
+
+    Raises:
+        ConfigError: naming the key, what was found, and what fits.
+    """
     parameters, hints, open_ended = _parameters(called)
-    for key, value in node.items():
-        if key.startswith("_"):
-            continue
-        if key not in parameters:
-            if open_ended:
-                continue
-            raise ConfigError(f"{path}.{key} is no option of {node['_target_']}: {nearest(key, parameters)}")
-        if isinstance(value, dict) and "_target_" in value:
-            continue
-        check_value(value, hints.get(key, Any), f"{path}.{key}" if path else key)
+    for key, value in values.items():
+        where = f"{path}.{key}" if path else key
+        if key in parameters:
+            if not (isinstance(value, dict) and "_target_" in value):
+                check_value(value, hints.get(key, Any), where)
+        elif not (key.startswith("_") or open_ended):
+            name = values.get("_target_", f"{called.__module__}.{called.__qualname__}")
+            raise ConfigError(f"{where} is not an option of {name}: {nearest(key, parameters)}")
 
 
 def check_value(value: Any, hint: Any, path: str) -> None:
@@ -74,16 +76,16 @@ def check_value(value: Any, hint: Any, path: str) -> None:
             raise ConfigError(f"{path}={value} does not exist: {nearest(str(value), choices)}") from error
         expected = "expected more values" if first["type"] == "missing" else first["msg"]
         raise ConfigError(f"{path}={value!r} does not fit{wanted}: {expected}.") from error
-    # The part gets the value as written, not as converted: the text "no" would count as true.
+    # The part gets the value as written, not converted: the text "no" would count as true.
     as_written = type(fitted) is type(value) or (isinstance(fitted, float) and type(value) is int)
     if isinstance(fitted, int | float) and not as_written:
         raise ConfigError(f"{path}={value!r} does not fit{wanted}: write {str(fitted).lower()}.")
 
 
 def _locate(name: Any, path: str) -> Callable[..., Any]:
-    """The object a dotted name points to, attributes of classes included."""
+    """The object that a dotted name points to, attributes of classes included."""
     if not isinstance(name, str):
-        raise ConfigError(f"{path}._target_={name!r} names nothing that can be imported: write a dotted name.")
+        raise ConfigError(f"{path}._target_={name!r} cannot be imported: write a dotted name.")
     parts = name.split(".")
     for cut in range(len(parts) - 1, 0, -1):
         try:
@@ -98,20 +100,16 @@ def _locate(name: Any, path: str) -> Callable[..., Any]:
         if not callable(found):
             break
         return found
-    raise ConfigError(f"{path}._target_={name} names nothing that can be imported: check the spelling.")
+    raise ConfigError(f"{path}._target_={name} cannot be imported: check the spelling.")
 
 
 def _parameters(called: Callable[..., Any]) -> tuple[set[str], dict[str, Any], bool]:
-    """Names and annotations of the arguments, and whether others are taken too.
+    """Names and annotations of the arguments, and whether the call takes others too.
 
-    A class that hands ``**options`` on to its base takes the base's arguments as well.
+    A class that passes ``**options`` on to its base takes the base's arguments as well.
     """
-    functions = [called]
-    if inspect.isclass(called):
-        functions = [
-            vars(base)["__init__"] for base in called.__mro__ if "__init__" in vars(base) and base is not object
-        ]
-        functions = functions or [called]
+    bases = called.__mro__[:-1] if inspect.isclass(called) else ()
+    functions = [vars(base)["__init__"] for base in bases if "__init__" in vars(base)] or [called]
     names: set[str] = set()
     hints: dict[str, Any] = {}
     for function in functions:
@@ -133,6 +131,6 @@ def _hints(function: Callable[..., Any]) -> dict[str, Any]:
 
 
 def _name(hint: Any) -> str:
-    """`` int`` for a plain or ranged ``int``; nothing for what has no short name."""
+    """`` int`` for a plain or ranged ``int``; empty for a type without a short name."""
     plain = getattr(hint, "__origin__", hint)
     return f" {plain.__name__}" if inspect.isclass(plain) else ""

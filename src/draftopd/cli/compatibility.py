@@ -1,4 +1,4 @@
-"""Parts of a run that do not go together: refused before anything is loaded, or warned of."""
+"""Refuses, before anything is loaded, parts of a run that do not fit together, or warns of them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hydra.core.hydra_config import HydraConfig
 from omegaconf import DictConfig, OmegaConf
 from pydantic import Field, PositiveInt
 
-from draftopd.cli.check import check, check_value
+from draftopd.cli.check import check_call, check_value
 from draftopd.cli.parts import rules_of
 from draftopd.decoding.sampling import Sampling
 from draftopd.decoding.verify import Verification
@@ -20,20 +20,19 @@ from draftopd.training.module import DraftModule
 
 log = logging.getLogger(__name__)
 
-#: Options of a drafter that a checkpoint does not decide.
+#: Options of a drafter that a checkpoint does not fix.
 ANY_DRAFTER = ("drafter.attention", "drafter.activation_checkpointing")
 
 
 def check_values(config: DictConfig) -> None:
-    """Names, types and ranges of the values that Hydra makes no part of.
+    """Check names, types and ranges of the values that belong to no ``_target_``.
 
     Raises:
-        ConfigError: naming the one that does not fit.
+        ConfigError: naming the value that does not fit.
     """
     module: Any = OmegaConf.to_container(config.module, resolve=True)
-    check({"_target_": _name(DraftModule), **module}, "module")
-    sampling = {name: config[name] for name in ("temperature", "top_k", "top_p")}
-    check({"_target_": _name(Sampling), **sampling})
+    check_call(DraftModule, module, "module")
+    check_call(Sampling, {name: config[name] for name in ("temperature", "top_k", "top_p")})
     rules_of(config)
     check_value(config.verification, Verification, "verification")
     for name in ("max_new_tokens", "refresh.max_new_tokens"):
@@ -41,22 +40,20 @@ def check_values(config: DictConfig) -> None:
     check_value(config.seed, Annotated[int, Field(ge=0, lt=2**32)], "seed")
     for name in ("validate_first", "compiled"):
         check_value(config[name], bool, name)
-    for name, least in {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}.items():
+    for name, minimum in {"max_epochs": 0, "accumulate_grad_batches": 1, "check_val_every_n_epoch": 1}.items():
         if config.trainer.get(name) is not None:
-            check_value(config.trainer[name], Annotated[int, Field(ge=least)], f"trainer.{name}")
-    for name, value, least in (
-        ("refresh.every_n_epochs", config.refresh.every_n_epochs, 0),
-        ("checkpoint.every_n_steps", config.checkpoint.every_n_steps, 1),
-    ):
-        if type(value) is not int or value < least:
-            raise ConfigError(f"{name} must be a whole number, {least} or more, found {value!r}.")
+            check_value(config.trainer[name], Annotated[int, Field(ge=minimum)], f"trainer.{name}")
+    for name, minimum in {"refresh.every_n_epochs": 0, "checkpoint.every_n_steps": 1}.items():
+        value = OmegaConf.select(config, name)
+        if type(value) is not int or value < minimum:
+            raise ConfigError(f"{name} must be a whole number, {minimum} or more, found {value!r}.")
 
 
 def check_rollout(config: DictConfig, rollout: Rollout) -> None:
-    """Refuse a rollout, texts and anchors that do not go together.
+    """Refuse a rollout, texts and anchors that do not fit together.
 
     Raises:
-        ConfigError: saying what would have no effect, and what to choose instead.
+        ConfigError: naming the option without effect, and what to choose instead.
     """
     anchors = config.data.anchors
     if depends_on_drafter(anchors) and rollout.anchors == "none":
@@ -78,10 +75,10 @@ def check_rollout(config: DictConfig, rollout: Rollout) -> None:
 
 
 def check_sharding(config: DictConfig) -> None:
-    """Refuse what a target in shards cannot do.
+    """Refuse options that a sharded target cannot have.
 
     Raises:
-        ConfigError: saying what to leave out.
+        ConfigError: naming the option to leave out.
     """
     strategy = config.trainer.get("strategy")
     if not (isinstance(strategy, DictConfig) and strategy.get("_target_", "").endswith("ModelParallelStrategy")):
@@ -92,18 +89,16 @@ def check_sharding(config: DictConfig) -> None:
         if config.target.get(name) is not None:
             raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
     if config.trainer.get("inference_mode", True):
-        raise ConfigError(
-            "trainer=fsdp needs trainer.inference_mode=false: weights gathered to decode must train later."
-        )
+        raise ConfigError("trainer=fsdp needs trainer.inference_mode=false: such weights could not be trained later.")
 
 
 def advise(config: DictConfig) -> None:
-    """Warn of options without effect, of on-policy training from random weights, and of a loss for other sampling."""
+    """Warn of options without effect, on-policy training from random weights, and a loss for another temperature."""
     overrides = {o.split("=")[0].lstrip("+"): o for o in HydraConfig.get().overrides.task}
     if config.loss.get("rejected_weight") == 0 and config.loss.get("accepted_gamma") is not None:
         for name in ("loss.gamma", "loss.accept_until_fail"):
             if name in overrides:
-                log.warning("%s has no effect: it is of the rejected stream, and loss.rejected_weight is 0.", name)
+                log.warning("%s has no effect: it belongs to the rejected stream, and loss.rejected_weight is 0.", name)
     checkpoint = config.drafter.get("checkpoint")
     if checkpoint is None and depends_on_drafter(config.data.anchors):
         log.warning("The drafter is fresh. Train it first (experiment=sft), or name one: drafter.checkpoint=DIR.")
@@ -116,20 +111,16 @@ def advise(config: DictConfig) -> None:
 
 
 def _advise_on_temperature(config: DictConfig) -> None:
-    """Warn of a loss whose distribution is not the one that drafting and verification have above temperature 0."""
+    """Warn of a loss whose distributions are not those of drafting and verification above temperature 0."""
     sharpened = config.loss.get("target_temperature", 1.0)
     if sharpened != 1:
         log.warning(
-            "temperature=%s verifies with target and drafter at that temperature, but loss.target_temperature=%s draws "
-            "the drafter to a target at another: use loss.target_temperature=1.",
+            "temperature=%s verifies at that temperature, but loss.target_temperature=%s trains for another one: use "
+            "loss.target_temperature=1.",
             config.temperature, sharpened,
         )  # fmt: skip
     if config.loss["_target_"].endswith(".SampledKL") and config.loss.get("include_correction"):
         log.warning(
-            "Above temperature 0 the recorded token at the correction slot follows other proposals than those that "
-            "replay draws: leave loss.include_correction=true out."
+            "Above temperature 0 the recorded token at the correction slot follows other proposals than those of the "
+            "replay: leave loss.include_correction=true out."
         )
-
-
-def _name(part: type) -> str:
-    return f"{part.__module__}.{part.__qualname__}"

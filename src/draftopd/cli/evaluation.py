@@ -1,4 +1,4 @@
-"""One evaluation: build what a configuration names, decode, report."""
+"""One evaluation: build the parts that a configuration names, decode, report."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from hydra.utils import instantiate
 from omegaconf import DictConfig, OmegaConf
 from pydantic import PositiveInt
 
-from draftopd.cli.check import check, check_value
+from draftopd.cli.check import check_call, check_value
 from draftopd.cli.record import describe
 from draftopd.data.prompts import PromptEncoder
 from draftopd.drafters.base import Drafter
@@ -39,11 +39,10 @@ from draftopd.training.progress import rollout_progress
 
 
 def run(config: DictConfig) -> Report | list[Served]:
-    """Evaluate as configured; everything found goes to Hydra's run directory.
+    """Evaluate as configured; results go to Hydra's run directory.
 
     Raises:
-        DraftOPDError: with one clear message, for anything the user can mend; for settings, benchmarks
-            and a missing checkpoint before the target is loaded.
+        DraftOPDError: if the user can mend it; for settings, benchmarks and checkpoints before the target is loaded.
     """
     transformers.utils.logging.disable_progress_bar()
     settings = read_settings(config)
@@ -57,14 +56,14 @@ def run(config: DictConfig) -> Report | list[Served]:
     drafters = {name: load_for(target, path, config.block_size) for name, path in checkpoints.items()}
     for drafter in drafters.values():
         drafter.to(target.device).eval()
-        # As an engine serves it; buffers, such as rotary frequencies, keep their precision.
+        # Engines serve weights in the target's precision; buffers, such as rotary frequencies, keep theirs.
         for parameter in drafter.parameters():
             parameter.data = parameter.data.to(target.dtype)
     directory = Path(HydraConfig.get().runtime.output_dir)
-    judged_later = ("tie_tolerance", "shown")
+    report_only = ("tie_tolerance", "shown")
     identity = {
         "target": target.fingerprint(),
-        "settings": {name: value for name, value in asdict(settings).items() if name not in judged_later},
+        "settings": {name: value for name, value in asdict(settings).items() if name not in report_only},
         "drafters": {name: _weights(drafter) for name, drafter in drafters.items()},
         "examples": {name: _digest(examples) for name, examples in suites.items()},
     }
@@ -91,16 +90,16 @@ def run(config: DictConfig) -> Report | list[Served]:
 
 
 def run_served(config: DictConfig, settings: Settings) -> list[Served]:
-    """Evaluate a running server; no target is loaded here, only its tokenizer.
+    """Evaluate a running server; only the target's tokenizer is loaded here.
 
     Raises:
-        DraftOPDError: with one clear message, for anything the user can mend.
+        DraftOPDError: if the user can mend it.
     """
-    logging.getLogger("httpx2").setLevel(logging.WARNING)  # one line a request, else
+    logging.getLogger("httpx2").setLevel(logging.WARNING)  # it logs one line per request
     unused = ("checkpoint", "block_size", "verification", "batch_size", "tie_tolerance", "shown")
     given = [o for o in HydraConfig.get().overrides.task if o.split("=")[0].lstrip("+") in unused]
     if given:
-        raise ConfigError(f"With engine=server {given[0]} would have no effect: the server drafts as it was started.")
+        raise ConfigError(f"With engine=server {given[0]} would have no effect: the server decides how it drafts.")
     engine: ServerEngine = instantiate(config.engine, _convert_="all")
     suites = read_benchmarks(config, settings.limit)
     tokenizer = load_tokenizer(config.target.path, config.target.trust_remote_code)
@@ -120,14 +119,10 @@ def run_served(config: DictConfig, settings: Settings) -> list[Served]:
 
 
 def assemble(
-    config: DictConfig,
-    target: Target,
-    drafters: Mapping[str, Drafter],
-    store: ResultStore,
-    suites: Mapping[str, list[Example]],
-    settings: Settings,
-) -> Report:
-    """The report of what the store holds, with the costs of a step measured now."""
+    config: DictConfig, target: Target, drafters: Mapping[str, Drafter], store: ResultStore,
+    suites: Mapping[str, list[Example]], settings: Settings,
+) -> Report:  # fmt: skip
+    """The report of the stored results, with the costs of a step measured now."""
     results, expected = [], []
     tolerance = settings.tolerance(target.dtype)
     for benchmark in suites:
@@ -147,33 +142,28 @@ def assemble(
 
 
 def read_settings(config: DictConfig) -> Settings:
-    """The configuration's top-level values, names and types checked.
+    """The configuration's top-level values, checked.
 
     Raises:
         ConfigError: naming the value that does not fit.
     """
     values = {field.name: config[field.name] for field in fields(Settings)}
-    check({"_target_": f"{Settings.__module__}.{Settings.__qualname__}", **values})
+    check_call(Settings, values)
     return Settings(**values)
 
 
 def read_benchmarks(config: DictConfig, limit: int | None) -> dict[str, list[Example]]:
-    """The examples of every benchmark chosen, by its name.
+    """The examples of every chosen benchmark, by its name.
 
     Raises:
-        ConfigError: if one file is named for several.
+        ConfigError: if ``benchmark.path`` does not fit exactly one benchmark, or two have one name.
     """
     chosen = {str(key): node for key, node in config.benchmark.items() if key != "path"}
     readers = [name for name, node in chosen.items() if "path" in node]
     if config.benchmark.path is not None and len(readers) != 1:
-        raise ConfigError(
-            f"benchmark.path names one file, but {' and '.join(chosen)} "
-            + (
-                f"were chosen: name each one's, benchmark.{readers[0]}.path=FILE."
-                if readers
-                else "reads none: choose a suite or benchmark=jsonl."
-            )
-        )
+        several = f"were chosen: name each one's, benchmark.{readers[0]}.path=FILE." if readers else ""
+        advice = several or "reads none: choose a suite or benchmark=jsonl."
+        raise ConfigError(f"benchmark.path names one file, but {' and '.join(chosen)} {advice}")
     benchmarks: list[Benchmark] = [instantiate(node) for node in chosen.values()]
     names = [benchmark.name for benchmark in benchmarks]
     if len(set(names)) < len(names):
@@ -182,7 +172,7 @@ def read_benchmarks(config: DictConfig, limit: int | None) -> dict[str, list[Exa
 
 
 def _told_apart(examples: list[Example]) -> list[Example]:
-    """The same with another id where one comes twice."""
+    """The examples, with a number added to an id that occurs again."""
     seen: Counter[str] = Counter()
     found = []
     for example in examples:
@@ -193,7 +183,7 @@ def _told_apart(examples: list[Example]) -> list[Example]:
 
 
 def _weights(drafter: Drafter) -> str:
-    """Tells drafters apart, wherever they lie."""
+    """A digest of a drafter's config and weights."""
     digest = hashlib.blake2b(f"{drafter.config.to_json()} {drafter.block_size}".encode(), digest_size=8)
     for tensor in drafter.state_dict().values():
         digest.update(tensor.detach().float().cpu().numpy().tobytes())
@@ -201,7 +191,7 @@ def _weights(drafter: Drafter) -> str:
 
 
 def _digest(examples: list[Example]) -> str:
-    """Tells lists of examples apart."""
+    """A digest of a list of examples."""
     return hashlib.blake2b(repr(examples).encode(), digest_size=8).hexdigest()
 
 
@@ -210,7 +200,7 @@ def name_checkpoints(given: Any) -> dict[str, str]:
 
     Raises:
         ConfigError: for anything else.
-        DrafterError: if there is none, or one is no drafter's directory: a fresh drafter has nothing to evaluate.
+        DrafterError: if none is given, or a directory holds no drafter.
     """
     given = OmegaConf.to_container(given) if OmegaConf.is_config(given) else given
     if isinstance(given, dict):
@@ -229,7 +219,7 @@ def name_checkpoints(given: Any) -> dict[str, str]:
 
 
 def _name(path: str, taken: Mapping[str, str]) -> str:
-    """A short name: the directory's own, or that of the run it lies in."""
+    """A short name: the directory's own, or that of its run."""
     parts = [part for part in path.removeprefix("bundled:").split("/") if part not in ("", ".", "drafter")]
     name = parts[-1] if parts else path
     number = 2

@@ -1,4 +1,4 @@
-"""Bring drafters of any kind from one checkpoint format into another."""
+"""Converts drafters of any kind from one checkpoint format to another."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def read_training_checkpoint(path: Path) -> Drafter:
     """The drafter of a training run's ``.ckpt``, in float32.
 
     Raises:
-        FileError: if the file is no such checkpoint, or damaged.
+        FileError: if the file is not such a checkpoint, or is damaged.
     """
     checkpoint = checkpoints.read(path)
     described, weights = checkpoint["drafter"], checkpoint["state_dict"]
@@ -36,12 +36,11 @@ def read_any(path: str, num_target_layers: int | None = None) -> Drafter:
     Args:
         num_target_layers: depth of its target, where the drafter does not say it.
     """
-    place = Path(resolve(path))
-    if place.is_file():
-        return read_training_checkpoint(place)
-    if (place / "drafter" / "config.json").is_file():
-        place = place / "drafter"
-    return load_drafter(place, num_target_layers)
+    found = Path(resolve(path))
+    if found.is_file():
+        return read_training_checkpoint(found)
+    inner = found / "drafter"
+    return load_drafter(inner if (inner / "config.json").is_file() else found, num_target_layers)
 
 
 def export(
@@ -52,7 +51,7 @@ def export(
     verifier: str | None = None,
     dtype: str = "bfloat16",
 ) -> str:
-    """Write a drafter in the ``public`` or the ``speculators`` format, and say what can be done with it.
+    """Write a drafter in the ``public`` or the ``speculators`` format, and return the command that uses it.
 
     Args:
         source: directory of a drafter or a run, or a training checkpoint.
@@ -79,7 +78,7 @@ def export(
 
 
 def bring_in(source: str, output: str, target: str, dtype: str = "bfloat16") -> str:
-    """Write a drafter of the speculators format in its public one, and say what can be done with it.
+    """Write a drafter of the speculators format in its public one, and return the command that uses it.
 
     Raises:
         DrafterError: if the drafter cannot be read, or does not fit the target.

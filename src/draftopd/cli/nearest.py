@@ -11,7 +11,7 @@ def nearest(name: str, choices: Iterable[str]) -> str:
     options = sorted(set(choices))
     close = difflib.get_close_matches(name, options, n=1, cutoff=0.5)
     if not close:
-        # The last part of a dotted key often is right, or nearly.
+        # The last part of a dotted key is often nearly right.
         tails = {option.rsplit(".", 1)[-1]: option for option in options}
         close = [tails[t] for t in difflib.get_close_matches(name.rsplit(".", 1)[-1], tails, n=1, cutoff=0.6)]
     return f"did you mean {close[0]!r}?" if close else f"choose from {', '.join(options)}."

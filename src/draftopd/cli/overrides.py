@@ -1,4 +1,4 @@
-"""What is wrong with a command's overrides, said before Hydra reads them and writes anything."""
+"""Checks a command's overrides before Hydra reads them and writes anything."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from draftopd.cli.secrets import exposed
 
 
 def foreseen(configs: Path, name: str, arguments: list[str]) -> str | None:
-    """A message about what is wrong with a command line, as far as its overrides can be read beforehand, or None."""
+    """An error message about a command line, as far as its overrides can be read beforehand, or None."""
     flags = {a.partition("=")[0] for a in arguments if a.startswith("-")}
     overrides = [a for a in arguments if not a.startswith("-")]
     if not flags:
@@ -27,13 +27,13 @@ def foreseen(configs: Path, name: str, arguments: list[str]) -> str | None:
     if flags <= {"-m", "--multirun"}:
         return _problem_of_sweep(configs, name, overrides)
     if flags <= {"-c", "--cfg", "--resolve"}:
-        # What is to be shown stands among them: job, hydra or all.
+        # The argument of --cfg is among them: job, hydra or all.
         return problem(configs, name, [o for o in overrides if "=" in o or o.startswith("~")], keeps=False)
-    return None  # of Hydra's other flags some change where configurations lie
+    return None  # some of Hydra's other flags change the directory of configurations
 
 
 def _problem_of_sweep(configs: Path, name: str, overrides: list[str]) -> str | None:
-    """A message about an unknown option or an exposed key among the values of a sweep, or None."""
+    """An error message about an unknown option or an exposed key among the values of a sweep, or None."""
     first = []
     for override in overrides:
         try:
@@ -41,7 +41,7 @@ def _problem_of_sweep(configs: Path, name: str, overrides: list[str]) -> str | N
             swept = parsed.is_sweep_override() and not parsed.is_hydra_override()
             values = list(parsed.sweep_string_iterator()) if swept else []
         except HydraException:
-            return None  # Hydra says what it cannot read
+            return None  # Hydra reports it
         given = [f"{parsed.get_key_element()}={value}" for value in values] or [override]
         for one in given:
             unknown = _unknown_option(configs, one)
@@ -58,28 +58,28 @@ def _problem_of_sweep(configs: Path, name: str, overrides: list[str]) -> str | N
 
 
 def _unknown_option(configs: Path, override: str) -> str | None:
-    """A message if ``override`` chooses an option that its group does not have, or None."""
+    """An error message if ``override`` chooses an option that its group does not have, or None."""
     # GROUP@PACKAGE=OPTION puts an option at another key than the group's own.
-    place, _, option = override.lstrip("+~").partition("=")
-    group = place.partition("@")[0]
+    key, _, option = override.lstrip("+~").partition("=")
+    group = key.partition("@")[0]
     if "=" not in override or not (configs / group).is_dir() or "/" in group or not group:
         return None
     files = {p.relative_to(configs / group).with_suffix("") for p in (configs / group).rglob("*.yaml")}
-    options = {str(file) for file in files if file.parts[0] != "base"}  # base/ holds what options have in common
+    options = {str(file) for file in files if file.parts[0] != "base"}  # base/ is not an option
     if option == "null":
-        return f"{place}=null is not Hydra's way: write ~{place} to leave the group out."
+        return f"{key}=null cannot be chosen: write ~{key} to leave the group out."
     several = option.startswith("[") and option.endswith("]")
     for part in option[1:-1].split(",") if several else [option]:
         if part.strip() and part.strip() not in options and (several or "," not in part):
-            return f"{place}={option} does not exist: {nearest(part.strip(), options)}"
+            return f"{key}={option} does not exist: {nearest(part.strip(), options)}"
     return None
 
 
 def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) -> str | None:
-    """A message about what is wrong with the overrides of the configuration ``name``, or None.
+    """An error message about the overrides of the configuration ``name``, or None.
 
     Args:
-        keeps: the command writes into a run directory, so that all values must be given and the directory be writable.
+        keeps: whether the command writes into a run directory: all values must then be given, the directory writable.
     """
     groups = {path.name for path in configs.iterdir() if path.is_dir()}
     chosen = [o for o in overrides if re.split("[@=]", o)[0].lstrip("+~") in groups]
@@ -105,9 +105,11 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
                     continue
                 if "=" not in override:
                     listed = ", ".join(sorted(groups))
-                    return f"{override!r} is no override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
+                    return (
+                        f"{override!r} is not an override: write KEY=VALUE, or GROUP=OPTION with a group of {listed}."
+                    )
                 if key not in known:
-                    return f"{key} is no configuration key: {nearest(key, known | groups)}"
+                    return f"{key} is not a configuration key: {nearest(key, known | groups)}"
             config = compose(name, overrides)
             secret = exposed(config)
             if secret:
@@ -127,16 +129,16 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
 
 
 def _unwritable(directory: Path) -> str | None:
-    """Why a run's directory cannot be made or written, or None."""
-    there = next(place for place in (directory.absolute(), *directory.absolute().parents) if place.exists())
-    if there.is_dir() and os.access(there, os.W_OK | os.X_OK):
+    """An error message if a run's directory cannot be made or written, or None."""
+    nearest_one = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if nearest_one.is_dir() and os.access(nearest_one, os.W_OK | os.X_OK):
         return None
-    reason = f"{there} is read-only for you" if there.is_dir() else f"{there} is a file"
-    return f"The run cannot be kept in {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
+    reason = f"{nearest_one} is read-only for you" if nearest_one.is_dir() else f"{nearest_one} is a file"
+    return f"The run cannot be written to {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
 
 
 def _missing(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values must be given."""
+    """Dotted keys whose values must still be given."""
     for key in map(str, config):
         if OmegaConf.is_missing(config, key):
             yield f"{prefix}{key}"

@@ -1,4 +1,4 @@
-"""Parts of a run that a configuration's top level names, shared by commands."""
+"""Parts that several commands build from a configuration's top level."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ def rules_of(config: DictConfig, stop: frozenset[int] = frozenset()) -> Rules:
     """How responses are drawn, verified and ended.
 
     Args:
-        stop: token ids that end a response, which the target and its tokenizer know.
+        stop: token ids that end a response.
 
     Raises:
         ConfigError: if a number lies outside its range.

@@ -1,4 +1,4 @@
-"""A plan: the run that overrides name, in numbers."""
+"""The plan of a run: its memory and time, from the overrides of a training command."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def plan(arguments: list[str]) -> None:
     finally:
         GlobalHydra.instance().clear()
     OmegaConf.set_struct(config, False)
-    # A plan writes nothing, and so has no directory.
+    # A plan has no run directory.
     config.pop("logger", None)
     config.pop("callbacks", None)
     if "store" in config.trajectories:
@@ -67,7 +67,7 @@ def _print(config: DictConfig, given: list[str]) -> None:
 
 
 def assumed(given: list[str]) -> Assumptions:
-    """What ``plan.NAME=VALUE`` sets.
+    """The assumptions that ``plan.NAME=VALUE`` sets.
 
     Raises:
         ConfigError: for a name that does not exist, or a value that does not fit.
@@ -77,18 +77,18 @@ def assumed(given: list[str]) -> Assumptions:
     hints = get_type_hints(Assumptions, include_extras=True)
     for name, value in values.items():
         if name not in hints:
-            raise ConfigError(f"plan.{name!s} is none of a plan's assumptions: {nearest(str(name), hints)}")
+            raise ConfigError(f"plan.{name!s} is not an assumption of a plan: {nearest(str(name), hints)}")
         check_value(value, hints[str(name)], f"plan.{name}")
     found = Assumptions(**{str(name): value for name, value in values.items()})
-    _ = found.device  # refuses a name that is not known
+    _ = found.device  # refuses an unknown name
     return found
 
 
 def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
-    """The run that a composed configuration means, and where its target's shape came from.
+    """The run of a composed configuration, and the source of its target's shape.
 
     Raises:
-        DraftOPDError: for what a training run would refuse too, or a plan cannot know.
+        DraftOPDError: if a training run would refuse the configuration too, or a plan needs what is not known.
     """
     rollout: Rollout = instantiate(config.rollout)
     loss: Loss = instantiate(config.loss)
@@ -97,15 +97,19 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
     target, t = target_of(shape, node.dtype)
     d = drafter_of(config.drafter, target)
     data, trainer = config.data, config.trainer
-    w, c = _precision(str(trainer.get("precision", "32-true")))
+    precision = str(trainer.get("precision", "32-true"))
+    if precision not in PRECISIONS:
+        raise ConfigError(f"trainer.precision={precision} is not planned for: choose from {', '.join(PRECISIONS)}.")
+    w, c = PRECISIONS[precision]
     devices, sharing = _devices(trainer, given.devices)
 
     response = config.max_new_tokens
     mean_prompt = given.prompt_tokens or data.max_prompt_tokens
     mean_response = min(given.response_tokens or response, response)
-    most = _anchors(data, response, 1.0)
+    max_anchors = _anchors(data, response, 1.0)
     step = Step(
-        batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=most, weight_bytes=w, compute_bytes=c,
+        batch=data.batch_size, tokens=data.max_prompt_tokens + response, anchors=max_anchors, weight_bytes=w,
+        compute_bytes=c,
         scope=loss.scope if rules_of(config).sampling.greedy or loss.scope != "until_fail" else "proposals",
         loss_copies=loss.logit_copies, gpu=True,
         checkpointing=config.drafter.activation_checkpointing, prompt=data.max_prompt_tokens,
@@ -130,7 +134,7 @@ def describe(config: DictConfig, given: Assumptions) -> tuple[Run, str]:
 
 
 def drafter_of(config: DictConfig, target: Target) -> DrafterSize:
-    """The size of the drafter that a configuration names: a checkpoint's, which is read, or of a fresh one.
+    """The size of the drafter that a configuration names: of its checkpoint, which is read, or of a fresh one.
 
     Raises:
         DrafterError: if it does not fit the target.
@@ -139,18 +143,18 @@ def drafter_of(config: DictConfig, target: Target) -> DrafterSize:
     if node.get("checkpoint") is not None:
         return DrafterSize.of(instantiate(node, target=target, tokenizer=None, texts=None))
     if node.get("mask_token_id", 0) is None:
-        node["mask_token_id"] = 0  # any will do, and the tokenizer need not be there
+        node["mask_token_id"] = 0  # any id has the same size, and no tokenizer is read
     rows = node.pop("draft_vocab_size", None)
     with torch.device("meta"):
         size = DrafterSize.of(instantiate(node, target=target, tokenizer=None, texts=None))
     if rows is not None and rows != target.vocab_size:
-        frequent_tokens([[0]], rows, target.vocab_size)  # refuses a size that cannot be
+        frequent_tokens([[0]], rows, target.vocab_size)  # refuses an impossible size
         size = dataclasses.replace(size, own_head=rows, elements=size.elements - (size.own_head - rows) * size.hidden)
     return size
 
 
 def _anchors(data: DictConfig, response: int, tau: float) -> int:
-    """Anchors of a text whose blocks yield ``tau`` tokens each; random ones and all depend on no blocks."""
+    """Anchors of a text whose blocks emit ``tau`` tokens each; random and all anchors do not depend on blocks."""
     found = response if data.anchors in ("random", "all") else round(response / tau)
     limit = data.anchors_per_sequence
     return max(1, found - 1 if limit is None or data.anchors == "all" else min(found - 1, limit))
@@ -165,8 +169,8 @@ def _decoding(config: DictConfig, rows: int, weight_bytes: int, compute_bytes: i
 
 
 def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
-    """Where a refresh's texts come from, and how anchors are found on them."""
-    # Rollouts run between epochs, where Lightning's autocast does not reach.
+    """The source of a refresh's texts, and how anchors are found on them."""
+    # Rollouts run between epochs, outside of Lightning's autocast.
     if isinstance(rollout, SpeculativeRollout):
         return Texts(_decoding(config, rollout.batch_size, weight_bytes, weight_bytes))
     source = config.trajectories
@@ -180,14 +184,8 @@ def _texts(config: DictConfig, rollout: Rollout, weight_bytes: int) -> Texts:
     return Texts(decoding, drafted, walk, rollout.blocks_at_once, rollout.anchors == "step", "trajectories")
 
 
-def _precision(name: str) -> tuple[int, int]:
-    if name not in PRECISIONS:
-        raise ConfigError(f"trainer.precision={name} is not planned for: choose from {', '.join(PRECISIONS)}.")
-    return PRECISIONS[name]
-
-
 def _devices(trainer: DictConfig, found: int) -> tuple[int, Sharing]:
-    """Processes in all, and how they share memory; ``found`` devices where the trainer takes all there are."""
+    """Number of processes, and how they share memory; ``found`` devices where the trainer takes all."""
     devices, strategy = trainer.get("devices", 1), trainer.get("strategy", "auto")
     if isinstance(devices, str) and devices.isdigit():
         devices = int(devices)
@@ -196,7 +194,7 @@ def _devices(trainer: DictConfig, found: int) -> tuple[int, Sharing]:
     if devices in ("auto", -1):
         devices = found
     if not isinstance(devices, int) or devices < 1:
-        raise ConfigError(f"trainer.devices={devices} is no number of devices: give it, trainer.devices=N.")
+        raise ConfigError(f"trainer.devices={devices} is not a number of devices: write trainer.devices=N.")
     count = devices * (trainer.get("num_nodes") or 1)
     name = str(strategy.get("_target_", "")) if OmegaConf.is_dict(strategy) else str(strategy)
     if "ModelParallel" in name or "fsdp" in name.lower():

@@ -1,4 +1,4 @@
-"""What libraries say that does not apply here, silenced."""
+"""Silences messages of libraries that do not apply here."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ import warnings
 
 
 def quiet() -> None:
-    """No bars while weights are read, and no advice that does not apply: loaders read a local buffer without workers.
+    """Silence bars while weights are read, and advice such as more workers for loaders that read a local buffer.
 
-    In a notebook call it before other imports, which have advice too.
+    In a notebook call it before other imports, which print advice too.
     """
     warnings.filterwarnings("ignore", ".*IProgress not found.*")
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

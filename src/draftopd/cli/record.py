@@ -1,4 +1,4 @@
-"""What a run was: configuration, code, versions, seed."""
+"""The record of a run: configuration, code, versions, seed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from draftopd.io.files import replaced, write_json
 
-#: Of ``run.json``.
+#: Version of ``run.json``.
 FORMAT = 1
 
 PACKAGES = ("draftopd", "torch", "lightning", "transformers", "torchmetrics", "hydra-core", "liger-kernel")

@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-#: Of ``report.json``.
+#: Version of ``report.json``.
 FORMAT = 2
-#: Of ``test.json``: ``emitted``, by the test prompt's place, the tokens of each of its blocks.
+#: Version of ``test.json``: ``emitted``, by the test prompt's index, the tokens of each of its blocks.
 TESTED_FORMAT = 1
 
 
 @dataclass(frozen=True)
 class TrainingReport:
-    """What a run came to; times in seconds."""
+    """The results of a run; times in seconds."""
 
     tau_before: float
     tau_after: float
@@ -49,10 +49,10 @@ def print_report(report: TrainingReport) -> None:
         table.add_row(f"time in {section}", f"{seconds:.1f} s")
     for part, spent in report.flops.items():
         table.add_row(f"operations, {part}", f"{spent / 1e12:.3f} TFLOP")
-    table.add_row("time in all", f"{report.total_seconds:.1f} s")
+    table.add_row("total time", f"{report.total_seconds:.1f} s")
     console = Console()
     console.print(table)
-    # Outside the table, so that they can be copied whole.
+    # Outside the table, so that each line can be copied.
     where = os.path.relpath(report.directory)
     for line in (
         f"drafter      {where}/drafter",

@@ -1,4 +1,4 @@
-"""What training runs came to, as a tidy table: a row a run, a column a variable."""
+"""The results of training runs as a tidy table: one row per run, one column per variable."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from draftopd.cli.report import FORMAT, TESTED_FORMAT
 from draftopd.errors import FileError
 from draftopd.io.files import read_json
 
-#: Set by where a run lies, not by what it is.
+#: Settings that depend on a run's directory only.
 _NOT_COMPARED = ("logger", "name", "trajectories.store", "rollout.trajectories.", "callbacks.best.dirpath")
 
 
 class Run(NamedTuple):
-    """A run that came to its end.
+    """A run that has ended.
 
-    ``config``: by dotted key; ``report``: what ``report.json`` holds; ``tested``: by prompt,
-    the emitted tokens of each block, empty where nothing was tested.
+    ``config``: by dotted key; ``report``: the content of ``report.json``; ``tested``: by prompt, the emitted tokens of
+    each block, empty where nothing was tested.
     """
 
     directory: Path
@@ -32,10 +32,10 @@ class Run(NamedTuple):
 
 
 def find(roots: Iterable[Path]) -> list[Run]:
-    """The runs that ended under these directories, each once, by path; those still under way have no report.
+    """The runs that ended under these directories, each once, by path.
 
     Raises:
-        FileError: if there is none, or one's report is damaged or of another version.
+        FileError: if there is none, or a report is damaged or of another version.
     """
     roots = [root.resolve() for root in roots]
     found = sorted({path.parent for root in roots for path in root.rglob("report.json")})
@@ -47,7 +47,7 @@ def find(roots: Iterable[Path]) -> list[Run]:
 
 
 def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
-    """A row a run: the settings that differ between the runs, then what they came to.
+    """One row per run: the settings that differ between the runs, then the results.
 
     ``gflop`` columns are empty where nothing was counted, ``test_tau`` where nothing was tested.
     """
@@ -67,12 +67,12 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 
 def settings(config: Any) -> dict[str, Any]:
-    """What a run is, by dotted key, without where it lies: of a composed configuration, or of one read again."""
+    """The settings of a configuration by dotted key, without those that depend on the run's directory only."""
     return _compared(dict(_flat(OmegaConf.to_container(config, resolve=True))))
 
 
 def write_csv(table: Sequence[dict[str, Any]], file: TextIO) -> None:
-    """Write the rows with all their columns; a run without one leaves it empty."""
+    """Write the rows with all their columns; a missing value is empty."""
     columns = list(dict.fromkeys(key for row in table for key in row))
     writer = csv.DictWriter(file, columns, restval="", lineterminator="\n")
     writer.writeheader()

@@ -1,4 +1,4 @@
-"""Keys that a configuration would carry into Hydra's files and the run's record: refused before anything is written."""
+"""Refuses secrets in a configuration before Hydra's files and the run's record are written."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SECRET = ("api_key", "apikey", "token", "password", "secret", "authorization")
 
 
 def exposed(config: DictConfig) -> str | None:
-    """What is wrong with the keys that a configuration names, or None. The message repeats none of them."""
+    """An error message about a secret in a configuration, or None. It does not repeat the secret."""
     for key, value in _leaves(config, ""):
         name = key.rpartition(".")[2].lower()
         if name == "api_key_env" and value not in os.environ:
@@ -26,13 +26,13 @@ def exposed(config: DictConfig) -> str | None:
         if rest and "@" in rest.replace("?", "/").replace("#", "/").split("/")[0]:
             return (
                 f"{key} is an address with a user or password, which the run's records would show: leave these out, "
-                "and name the environment variable of a key with api_key_env."
+                "and name a key's environment variable with api_key_env."
             )
     return None
 
 
 def _leaves(node: DictConfig | ListConfig, prefix: str) -> Iterator[tuple[str, str]]:
-    """Every text in a configuration and its dotted key; what is missing or refers to another key is left out."""
+    """Every text in a configuration and its dotted key, without missing values and references to other keys."""
     keys: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
     for key in keys:
         if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):

@@ -1,4 +1,4 @@
-"""One training run: build the parts a configuration names, fit, report."""
+"""One training run: build the parts that a configuration names, fit, report."""
 
 from __future__ import annotations
 
@@ -50,10 +50,10 @@ log = logging.getLogger(__name__)
 
 
 def run(config: DictConfig) -> TrainingReport:
-    """Train as configured and leave checkpoint, logs, buffer and record in Hydra's run directory.
+    """Train as configured; checkpoints, logs, buffer and record go to Hydra's run directory.
 
     Raises:
-        DraftOPDError: with one clear message, for anything the user can mend.
+        DraftOPDError: if the user can mend it.
     """
     began = time.perf_counter()
     check_values(config)
@@ -61,7 +61,7 @@ def run(config: DictConfig) -> TrainingReport:
     directory = Path(HydraConfig.get().runtime.output_dir)
     earlier = finished(directory, config)
     if earlier is not None:
-        print("This run has ended before: nothing is left to do.")
+        print("This run has ended already: nothing is left to do.")
         print_report(earlier)
         return earlier
     L.seed_everything(config.seed, verbose=False)
@@ -115,11 +115,11 @@ def run(config: DictConfig) -> TrainingReport:
 
 
 def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: ReplayDataModule, directory: Path) -> None:
-    """Train from the newest whole checkpoint on, or from the beginning.
+    """Train from the newest whole checkpoint, or from the beginning.
 
     Raises:
-        ConfigError: if it has more epochs behind it than are asked for.
-        KeyboardInterrupt: where Ctrl-C stopped it.
+        ConfigError: if the checkpoint has more epochs than ``trainer.max_epochs``.
+        KeyboardInterrupt: if Ctrl-C stopped it.
     """
     resume = newest_whole(directory / "checkpoints")
     if resume is not None:
@@ -127,11 +127,11 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
         begun = torch.load(resume, map_location="cpu", weights_only=True, mmap=True)["epoch"] + 1
         if 0 <= (trainer.max_epochs or -1) < begun:
             raise ConfigError(
-                f"{resume} is of epoch {begun}, and trainer.max_epochs={trainer.max_epochs}: give as many or "
-                "more to go on, or another directory to begin anew (hydra.run.dir=DIR)."
+                f"{resume} is of epoch {begun}, and trainer.max_epochs={trainer.max_epochs}: give as many or more "
+                "epochs to continue, or another directory to start again (hydra.run.dir=DIR)."
             )
     if trainer.is_global_zero:
-        # What an earlier run came to here with other settings is not what this one will come to.
+        # Results of an earlier run here are not this one's.
         for name in ("report.json", "test.json"):
             (directory / name).unlink(missing_ok=True)
         write_record(directory, config)
@@ -146,19 +146,19 @@ def _fit(config: DictConfig, trainer: L.Trainer, module: DraftModule, data: Repl
     except SIGTERMException:
         raise
     except SystemExit as error:
-        # So Lightning ends a fit that Ctrl-C stopped.
+        # Lightning ends a fit in this way when Ctrl-C stops it.
         raise KeyboardInterrupt from error
 
 
 def _compare(directory: Path, config: DictConfig) -> None:
-    """Warn of settings that a run goes on with and has not begun with.
+    """Warn of settings that differ from those of the run that is continued.
 
     Raises:
-        ConfigError: if they make another drafter.
+        ConfigError: if they change the drafter.
     """
     try:
         before = settings(OmegaConf.load(directory / "config.yaml"))
-    except Exception:  # a record that is absent or damaged says nothing
+    except Exception:  # absent or damaged
         return
     now = settings(config)
     other = sorted(key for key in before | now if before.get(key) != now.get(key))
@@ -166,19 +166,19 @@ def _compare(directory: Path, config: DictConfig) -> None:
     shape = [key for key in other if key.startswith("drafter.") and key not in same]
     if shape:
         raise ConfigError(
-            f"{directory} holds a run of another drafter ({', '.join(shape[:3])} differ): give what it began with, or "
-            "another directory (hydra.run.dir=DIR)."
+            f"{directory} holds a run of another drafter ({', '.join(shape[:3])} differ): give its values, or another "
+            "directory (hydra.run.dir=DIR)."
         )
     changed = [key for key in other if not key.startswith(("trainer.", "checkpoint.", "ranks.", "drafter."))]
     if changed:
         log.warning(
-            "This run goes on with other settings than it had: %s. Its results will be those of both.",
+            "This run continues with other settings than it started with: %s. Its results depend on both.",
             ", ".join(changed[:5]) + (", ..." if len(changed) > 5 else ""),
         )  # fmt: skip
 
 
 def finished(directory: Path, config: DictConfig) -> TrainingReport | None:
-    """The report of a run that came to its end in this directory with this configuration, or None."""
+    """The report of a run that ended in this directory with this configuration, or None."""
     try:
         same = (directory / "config.yaml").read_text(encoding="utf-8") == composed(config)
         return TrainingReport(**read_json(directory / "report.json", FORMAT)) if same else None
@@ -191,18 +191,18 @@ def _first_texts(
 ) -> Iterator[list[int]]:
     """The target's responses to the first refresh's prompts, for a drafter that is made from them.
 
-    They come from the run's own trajectories, so that the first refresh finds them there. There is no trainer yet that
-    would place the target.
+    They come from the run's own trajectories, where the first refresh finds them again. There is no trainer yet, so the
+    target is moved to its device here.
     """
     anywhere = config.trainer.get("accelerator", "auto") in ("auto", "gpu", "cuda")
     if torch.cuda.is_available() and target.device.type == "cpu" and anywhere:
         target.to(f"cuda:{os.environ.get('LOCAL_RANK', '0')}")
     assert data.encoder is not None
     source = rollout.trajectories or InProcessTrajectories(str(directory / "trajectories"), drafted=False)
-    places = data.stretch(0)
-    with rollout_progress(len(places), label="Texts of the target") as progress:
+    indices = data.stretch(0)
+    with rollout_progress(len(indices), label="Texts of the target") as progress:
         request = Request(
-            target, None, data.encoder.tokenizer, lambda: data.prompts(places), places,
+            target, None, data.encoder.tokenizer, lambda: data.prompts(indices), indices,
             dataclasses.replace(rules, max_new_tokens=config.refresh.max_new_tokens), data.max_prompt_tokens,
             config.seed, progress,
         )  # fmt: skip
@@ -211,14 +211,13 @@ def _first_texts(
 
 
 def _trainer(config: DictConfig, directory: Path, *callbacks: L.Callback) -> L.Trainer:
-    where = directory / "checkpoints"
-    last = LastCheckpoint(where / "last.ckpt", config.checkpoint.every_n_steps)
+    last = LastCheckpoint(directory / "checkpoints" / "last.ckpt", config.checkpoint.every_n_steps)
     plugins: list[Any] = [CheckpointFiles()]
     if SLURMEnvironment.detect():
-        # Lightning's own requeueing keeps a checkpoint in the middle of a step.
+        # Lightning's own requeueing would save a checkpoint in the middle of a step.
         plugins.append(SLURMEnvironment(auto_requeue=False))
     named = [instantiate(node) for node in (config.get("callbacks") or {}).values() if node is not None]
-    # Lightning refuses this one where nothing is logged.
+    # Lightning refuses this callback without a logger.
     chosen = [c for c in named if config.get("logger") or not isinstance(c, LearningRateMonitor)]
     options: dict[str, Any] = {
         "callbacks": [last, *callbacks, *chosen], "plugins": plugins, "default_root_dir": str(directory)

@@ -14,8 +14,7 @@ from transformers.models.qwen3.modeling_qwen3 import Qwen3RMSNorm, apply_rotary_
 if TYPE_CHECKING:
     from torch.nn.attention.flex_attention import BlockMask
 
-#: Queries attended at once. Each chunk sees the context and its own blocks only, so the cost grows
-#: linearly with the number of anchors.
+#: Queries attended at once. Each chunk sees only the context and its own blocks, so the cost is linear in the anchors.
 MAX_QUERIES = 128
 
 #: Cosines and sines of the positions.
@@ -24,7 +23,6 @@ Rotary = tuple[Tensor, Tensor]
 #: Keys and values.
 KeysValues = tuple[Tensor, Tensor]
 
-
 #: ``auto``: FlexAttention on a GPU for blocks that are drafted in parallel, scaled dot products elsewhere.
 Kernel = Literal["auto", "flex", "sdpa"]
 
@@ -32,9 +30,8 @@ Kernel = Literal["auto", "flex", "sdpa"]
 class View(NamedTuple):
     """What blocks see of the context: the entries from ``begins`` up to ``ends [batch, A]``, and their own block.
 
-    ``begins`` None: from entry 0. At most one of the others is given, and says how the blocks attend:
-    ``spans``, chunk by chunk, each chunk over its own span of the entries; ``mask``, all at once by FlexAttention.
-    With neither they attend chunk by chunk over all entries.
+    ``begins`` None means from entry 0. With ``mask`` all blocks attend at once by FlexAttention, else chunk by chunk:
+    each chunk over its own span of the entries with ``spans``, over all entries without.
     """
 
     ends: Tensor
@@ -44,7 +41,7 @@ class View(NamedTuple):
 
     @classmethod
     def in_chunks(cls, ends: Tensor, begins: Tensor | None, size: int) -> View:
-        """Blocks of ``size`` queries that leave out the entries that no block of their chunk sees."""
+        """Blocks of ``size`` queries, without the entries that no block of their chunk sees."""
         chunk = max(1, MAX_QUERIES // size)
         first = torch.zeros_like(ends) if begins is None else begins
         lowest = torch.stack([part.min() for part in first.split(chunk, 1)])
@@ -59,12 +56,12 @@ class View(NamedTuple):
 
     @property
     def positions(self) -> Tensor:
-        """``[batch, A]``: where the blocks' views end, counted from the beginning of their sequence."""
+        """``[batch, A]``: the ends of the blocks' views, counted from the beginning of their sequence."""
         return self.ends if self.begins is None else self.ends - self.begins
 
 
 def uses_flex(kernel: Kernel, device: torch.device) -> bool:
-    """Whether blocks drafted in parallel there attend by FlexAttention, which has no backward on a CPU."""
+    """Whether parallel blocks on this device attend by FlexAttention, which has no backward on a CPU."""
     return kernel == "flex" or (kernel == "auto" and device.type == "cuda")
 
 
@@ -73,10 +70,9 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
 
     Args:
         query: ``[batch, heads, A, Q, head_dim]``.
-        context: keys and values ``[batch, kv_heads, n, head_dim]`` of entries ``0..n-1``, or None
-            where there is no context yet.
+        context: keys and values ``[batch, kv_heads, n, head_dim]`` of entries ``0..n-1``, or None without a context.
         block: keys and values ``[batch, kv_heads, A, B, head_dim]``.
-        view: of the ``A`` blocks.
+        view: the view of the ``A`` blocks.
 
     Returns:
         ``[batch, heads, A, Q, head_dim]``.
@@ -90,9 +86,9 @@ def block_attention(query: Tensor, context: KeysValues | None, block: KeysValues
 def _attend_by_flex(query: Tensor, context: KeysValues, block: KeysValues, mask: BlockMask) -> Tensor:
     """All blocks at once; see :func:`block_attention`."""
     keys, values = (torch.cat([c, o.flatten(2, 3)], dim=2) for c, o in zip(context, block, strict=True))
-    # Under autocast norms leave queries and keys in float32, and older kernels want one type.
+    # Under autocast norms leave queries and keys in float32, and older kernels need one type.
     query, keys = query.to(values.dtype), keys.to(values.dtype)
-    attended = _flex()(query.flatten(2, 3), keys, values, block_mask=mask, enable_gqa=True)
+    attended = _compiled("flex_attention")(query.flatten(2, 3), keys, values, block_mask=mask, enable_gqa=True)
     return attended.unflatten(2, query.shape[2:4])
 
 
@@ -119,7 +115,7 @@ def _attend_in_chunks(query: Tensor, context: KeysValues | None, block: KeysValu
 
 
 def _own_blocks(query: Tensor, keys: Tensor) -> Tensor:
-    """``[batch, A * Q, A * B]``: which keys of the blocks' own each query sees, those of its block."""
+    """``[batch, A * Q, A * B]``: which of all blocks' keys each query sees, those of its own block."""
     blocks = torch.arange(query.shape[2], device=query.device)
     asked, owned = blocks.repeat_interleave(query.shape[3]), blocks.repeat_interleave(keys.shape[3])
     return (asked[:, None] == owned[None, :]).expand(query.shape[0], -1, -1)
@@ -128,7 +124,7 @@ def _own_blocks(query: Tensor, keys: Tensor) -> Tensor:
 def _masked(query: Tensor, keys: Tensor, values: Tensor, allowed: Tensor) -> Tensor:
     """Scaled dot products under a boolean mask."""
     if query.is_cuda:
-        # torch's memory-efficient kernel takes a mask, but no grouped heads.
+        # torch's memory-efficient kernel takes a mask, but not grouped heads.
         groups = query.shape[1] // keys.shape[1]
         keys, values = keys.repeat_interleave(groups, 1), values.repeat_interleave(groups, 1)
     return F.scaled_dot_product_attention(query, keys, values, attn_mask=allowed, enable_gqa=not query.is_cuda)
@@ -145,21 +141,15 @@ def _block_mask(ends: Tensor, begins: Tensor | None, size: int, entries: int) ->
         return torch.where(key < entries, before, (key - entries) // size == block)
 
     batch, count = ends.shape
-    return _make_block_mask()(sees, batch, None, count * size, entries + count * size, device=ends.device)
+    return _compiled("create_block_mask")(sees, batch, None, count * size, entries + count * size, device=ends.device)
 
 
 @cache
-def _flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
+def _compiled(name: str) -> Any:
+    """A function of FlexAttention, compiled for changing shapes."""
+    from torch.nn.attention import flex_attention
 
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@cache
-def _make_block_mask() -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    return torch.compile(create_block_mask, dynamic=True)
+    return torch.compile(getattr(flex_attention, name), dynamic=True)
 
 
 class DraftAttention(nn.Module):
@@ -190,12 +180,7 @@ class DraftAttention(nn.Module):
         return apply_rotary_pos_emb(keys, keys, *rotary)[1], values
 
     def forward(
-        self,
-        states: Tensor,
-        context: KeysValues | None,
-        block: KeysValues,
-        view: View,
-        rotary: Rotary,
+        self, states: Tensor, context: KeysValues | None, block: KeysValues, view: View, rotary: Rotary
     ) -> Tensor:
         """``states [batch, A * Q, width]`` over context and block; see :func:`block_attention`."""
         query = self.q_norm(self.q_proj(states).unflatten(-1, (-1, self.head_dim))).transpose(1, 2)

@@ -1,13 +1,13 @@
-"""Drafters that propose token by token: one layer, fed with the target's features and then with its own states.
+"""Drafters that propose token by token: one layer that reads the target's features and then its own states.
 
 An entry pairs a token with the state before it: entry ``p`` holds token ``x_p`` and the target's feature of
-``x_{p-1}``, stands at position ``p - 1`` for the rotary embedding, and predicts ``x_{p+1}``. A block at anchor
-``a`` begins with entry ``a``; its next entries pair the drafter's own proposals with its own states. Keys and values
-of the entries before the anchor are its context. Since there is one layer, they depend on the recorded tokens and
-features alone: no entry has to attend for them, and what a block writes is never kept.
+``x_{p-1}``, has position ``p - 1`` in the rotary embedding, and predicts ``x_{p+1}``. A block at anchor ``a`` begins
+with entry ``a``; its next entries pair the drafter's own proposals with its own states. Its context is the keys and
+values of the entries before the anchor. With one layer these depend only on the recorded tokens and features: no entry
+has to attend for them, and a block's own keys and values are never kept.
 
-Proposals depend on the drafter's own earlier proposals, in replay as in decoding, so training sees what decoding
-does; drafting without decoding is exact for the same reason (see :mod:`draftopd.rollout.walk`).
+Proposals depend on the drafter's own earlier proposals in replay as in decoding. Therefore drafting without decoding is
+exact (see :mod:`draftopd.rollout.walk`).
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 class DraftState:
     """Keys and values of all entries so far, and the features ``[batch, n, hidden]`` of the tokens observed last.
 
-    ``first [batch]``: the position of the first of them.
+    ``first [batch]``: the position of the first of these tokens.
     """
 
     entries: PositionStore
@@ -45,13 +45,13 @@ class DraftState:
     first: Tensor | None = None
 
     def features_at(self, positions: Tensor) -> Tensor:
-        """``[batch, m] -> [batch, m, hidden]``: of positions among those observed last."""
+        """``[batch, m] -> [batch, m, hidden]``: the features at positions among those observed last."""
         assert self.features is not None and self.first is not None
         return _at(self.features, positions - self.first[:, None])
 
 
 class DraftLayer(Protocol):
-    """The parts of a layer that the walk through it needs."""
+    """The parts of a layer that drafting uses."""
 
     self_attn: DraftAttention
     post_attention_layernorm: nn.Module
@@ -59,7 +59,7 @@ class DraftLayer(Protocol):
 
 
 class AutoregressiveDrafter(Drafter):
-    """One layer that drafts token by token; subclasses say what goes into it and what comes out."""
+    """One layer that drafts token by token; subclasses define its input and output."""
 
     autoregressive = True
     #: See :func:`~draftopd.drafters.recompute.run_layer`.
@@ -69,36 +69,31 @@ class AutoregressiveDrafter(Drafter):
     @property
     @abstractmethod
     def layer(self) -> DraftLayer:
-        """Its one layer."""
+        """The drafter's only layer."""
 
     @abstractmethod
     def fuse(self, features: Tensor) -> Tensor:
-        """The target's features ``[..., taps * hidden]`` as the states ``[..., hidden]`` of a first step."""
+        """The states ``[..., hidden]`` of a first step from the target's features ``[..., taps * hidden]``."""
 
     @abstractmethod
     def entry(self, target: Target, tokens: Tensor, states: Tensor) -> Entry:
-        """Tokens ``[...]`` and the states before them ``[..., hidden]``."""
+        """The entry of tokens ``[...]`` and the states before them ``[..., hidden]``."""
 
     @abstractmethod
     def leave(self, output: Tensor) -> tuple[Tensor, Tensor]:
-        """The layer's output ``[..., hidden]``, ready for the LM head, and as the state of the next step."""
+        """The layer's output ``[..., hidden]`` as the LM head's input and as the state of the next step."""
 
     def replay(
-        self,
-        target: Target,
-        features: Tensor,
-        ids: Tensor,
-        anchors: Tensor,
-        choose: Chooser,
+        self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser,
         begins: Tensor | None = None,
-    ) -> Draft:
+    ) -> Draft:  # fmt: skip
         states = self.fuse(features)
         positions, first = torch.arange(ids.shape[1] - 1, device=ids.device).expand(ids.shape[0], -1), None
         if begins is not None:
             positions, first = positions - begins[:, 1:], begins.gather(1, anchors)
         context = self._keys_values(self.entry(target, ids[:, 1:], states[:, :-1]).states, positions)
         before = _at(states, (anchors - 1).clamp_min(0))
-        # Entry 1 is the context's first, so the entry after a sequence's first stands where the sequence begins.
+        # The context begins with entry 1, so that a sequence's first entry has the index where the sequence begins.
         view = View.in_chunks(anchors - 1, first, 1)
         return self._blocks(target, context, before, view, ids.gather(1, anchors), choose)
 
@@ -113,20 +108,20 @@ class AutoregressiveDrafter(Drafter):
     def observe(self, target: Target, state: DraftState, features: Tensor, ids: Tensor, positions: Tensor) -> None:
         states = self.fuse(features)
         if state.features is None:
-            # The first token of a text has nothing before it, and no entry.
-            before, ids, places = states[:, :-1], ids[:, 1:], positions[:, 1:]
+            # The first token of a text has no state before it, and therefore no entry.
+            before, ids, indices = states[:, :-1], ids[:, 1:], positions[:, 1:]
         else:
             last = state.features_at(positions[:, :1] - 1)
-            before, places = torch.cat([last, states[:, :-1]], 1), positions
+            before, indices = torch.cat([last, states[:, :-1]], 1), positions
         state.features, state.first = states, positions[:, 0]
-        keys, values = self._keys_values(self.entry(target, ids, before).states, places - 1)
-        state.entries.write(keys, values, places)
+        keys, values = self._keys_values(self.entry(target, ids, before).states, indices - 1)
+        state.entries.write(keys, values, indices)
 
     def draft(
         self, target: Target, state: DraftState, anchors: Tensor, anchor_tokens: Tensor, visible: int, choose: Chooser
     ) -> Draft:
         before, view = state.features_at(anchors[:, None] - 1), View(anchors[:, None] - 1)
-        # Entry 0 does not exist: the context begins with entry 1.
+        # There is no entry 0.
         keys, values = (t[:, :, 1:] for t in state.entries.read(visible))
         return self._blocks(target, (keys, values), before, view, anchor_tokens[:, None], choose)
 
@@ -138,8 +133,8 @@ class AutoregressiveDrafter(Drafter):
     ) -> Draft:
         """Blocks that begin with ``tokens [batch, A]`` after ``states [batch, A, hidden]``.
 
-        ``context``: keys and values of the entries from 1 on; the view of it ends just before the anchors' own
-        entries. Like the first token of a text, that of a packed sequence has no entry that counts.
+        ``context``: keys and values of the entries from 1 on; its view ends before the anchors' own entries. Like the
+        first token of a text, that of a packed sequence has no entry that counts.
         """
         layer = self.layer
 
@@ -163,6 +158,6 @@ class AutoregressiveDrafter(Drafter):
         return Draft(torch.stack(hidden, 2), torch.stack(proposals, 2))
 
 
-def _at(states: Tensor, places: Tensor) -> Tensor:
+def _at(states: Tensor, indices: Tensor) -> Tensor:
     """``[batch, n, hidden], [batch, m] -> [batch, m, hidden]``."""
-    return states.gather(1, places[..., None].expand(-1, -1, states.shape[-1]))
+    return states.gather(1, indices[..., None].expand(-1, -1, states.shape[-1]))

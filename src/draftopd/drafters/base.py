@@ -1,9 +1,9 @@
 """The protocol every drafter follows.
 
-A drafter reads features of the target's tapped layers and proposes the ``K = block_size - 1`` tokens
-after an anchor. It does so in two settings with the same weights and the same result: over many
-anchors of recorded sequences at once (:meth:`Drafter.replay`, for training), and one block at a time
-while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`, :meth:`Drafter.draft`).
+A drafter reads features of the target's tapped layers and proposes the ``K = block_size - 1`` tokens after an anchor.
+It does so in two settings with the same result: at many anchors of recorded sequences at once (:meth:`Drafter.replay`,
+for training), and one block at a time while decoding (:meth:`Drafter.start`, :meth:`Drafter.observe`,
+:meth:`Drafter.draft`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from draftopd.targets.head import LMHead
 from draftopd.targets.target import Target
 
 #: Picks tokens ``[..., n]`` from the drafter's states ``[..., n, hidden]`` of its next ``n`` slots. A block-parallel
-#: drafter calls it once a block; an autoregressive one once a slot, and goes on from the token it gets.
+#: drafter calls it once per block; an autoregressive one once per slot, and continues from the token.
 Chooser = Callable[[Tensor], Tensor]
 
 
@@ -33,10 +33,10 @@ class Draft(NamedTuple):
 
 
 class Drafter(nn.Module, ABC):
-    """Base class; see the module's text for the two settings.
+    """Base class; see the module's docstring for the two settings.
 
     Args:
-        config: everything of it but its weights, of the type ``config_class``.
+        config: everything but the weights, of the type ``config_class``.
     """
 
     #: Short name, as in ``configs/drafter/``.
@@ -68,30 +68,25 @@ class Drafter(nn.Module, ABC):
         return self.config.target_layer_ids
 
     def head(self, target: Target) -> LMHead:
-        """Maps its states to logits: the target's own LM head, unless the drafter has one."""
+        """The LM head for its states: the drafter's own if it has one, else the target's."""
         return target.head
 
     @abstractmethod
     def replay(
-        self,
-        target: Target,
-        features: Tensor,
-        ids: Tensor,
-        anchors: Tensor,
-        choose: Chooser,
+        self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser,
         begins: Tensor | None = None,
-    ) -> Draft:
+    ) -> Draft:  # fmt: skip
         """Draft at many anchors of recorded sequences in one pass.
 
         Args:
             features: ``[batch, n, taps * hidden]`` of the recorded tokens at positions ``0..n-1``.
             ids: ``[batch, n]`` these tokens.
-            anchors: ``[batch, A]`` positions; 1 or more where the drafter is autoregressive, whose first step needs
-                the feature before the anchor.
+            anchors: ``[batch, A]`` positions; 1 or more for an autoregressive drafter, whose first step needs the
+                feature before the anchor.
             choose: picks the proposals.
-            begins: ``[batch, n]``, for rows that hold several sequences: where in the row each token's own begins.
-                ``anchors`` are then places in the row; a block sees its own sequence only, and positions count from
-                its beginning.
+            begins: ``[batch, n]``, for rows of several sequences: the index in the row where each token's sequence
+                begins. ``anchors`` are then indices in the row; a block sees only its own sequence, and positions
+                count from its beginning.
         """
 
     @abstractmethod
@@ -99,33 +94,29 @@ class Drafter(nn.Module, ABC):
         """A fresh decoding state for sequences up to ``capacity`` tokens."""
 
     def stores(self, state: Any) -> Sequence[PositionStore]:
-        """Where a decoding state is kept in place, all of it; empty where a step puts new tensors into the state,
-        which rules out CUDA graphs."""
+        """Stores of all of a decoding state; empty if steps replace its tensors, which rules out CUDA graphs."""
         return ()
 
     @abstractmethod
     def select(self, state: Any, rows: Tensor) -> None:
-        """Keep these rows of the batch, where the others have ended."""
+        """Keep only these rows of the batch; the others have ended."""
 
     @abstractmethod
     def observe(self, target: Target, state: Any, features: Tensor, ids: Tensor, positions: Tensor) -> None:
-        """Take in tokens ``ids [batch, n]`` at consecutive ``positions [batch, n]`` and the target's features of them.
+        """Add tokens ``ids [batch, n]`` at consecutive ``positions [batch, n]`` and the target's features of them.
 
-        ``features [batch, n, taps * hidden]``. Rejected proposals may be among them: what stands at or after the
-        next anchor is never read, and is overwritten later. A row's first position is at most the anchor before.
+        ``features [batch, n, taps * hidden]``. Rejected proposals may be among them: entries at or after the next
+        anchor are never read, and are overwritten later. A row's first position is at most the anchor before.
         """
 
     @abstractmethod
     def draft(
         self, target: Target, state: Any, anchors: Tensor, anchor_tokens: Tensor, visible: int, choose: Chooser
     ) -> Draft:
-        """One block a sequence: ``anchors, anchor_tokens [batch]``, all anchors at most ``visible``.
-
-        Returns a draft with ``A = 1``.
-        """
+        """One block per sequence, ``A = 1``: ``anchors, anchor_tokens [batch]``, all anchors at most ``visible``."""
 
     def check_weights(self, where: str) -> None:
-        """Refuse a checkpoint's weights that contradict each other; most drafters have nothing to compare.
+        """Refuse a checkpoint's weights that contradict each other; few drafters have weights to compare.
 
         Raises:
             DrafterError: if they do; ``where`` names the checkpoint.

@@ -1,4 +1,4 @@
-"""What drafter checkpoints have in common: ``config.json`` and ``model.safetensors`` in one directory."""
+"""Drafter checkpoints: ``config.json`` and ``model.safetensors`` in one directory."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 _CONFIG, _WEIGHTS = "config.json", "model.safetensors"
 
-#: Beside the two files of the public format, which have no room for it: their checksums, and its own format.
+#: Checksums of the two files, beside them because the public format has no field for them, and their format.
 _CHECKSUMS, FORMAT = "checksums.json", 1
 
 Made = TypeVar("Made", bound=Drafter)
@@ -52,18 +52,18 @@ def read_checkpoint(directory: Path) -> tuple[dict[str, Any], dict[str, Tensor]]
         ) from error
     if not isinstance(raw, dict):
         raise DrafterError(
-            f"config.json of {directory} is no JSON object: name a directory with a drafter's config.json."
+            f"config.json of {directory} is not a JSON object: name a directory with a drafter's config.json."
         )
     return raw, tensors
 
 
 def _check_written(directory: Path) -> None:
-    """Refuse weights that are not those written; a drafter that came from elsewhere has nothing to compare with."""
-    place = directory / _CHECKSUMS
-    if not place.exists():
+    """Refuse weights that have changed since they were written, if their checksums are there."""
+    checksums = directory / _CHECKSUMS
+    if not checksums.exists():
         return
     try:
-        written = read_json(place, FORMAT)
+        written = read_json(checksums, FORMAT)
     except FileError as error:
         log.warning("%s The drafter beside it is read unchecked.", error)
         return
@@ -74,7 +74,7 @@ def _check_written(directory: Path) -> None:
             f"(python -m draftopd export). If it was changed on purpose, delete {_CHECKSUMS} beside it."
         )
     if checksum(config) != written.get(_CONFIG):
-        # It may be edited for a serving engine.
+        # A serving engine may need an edit.
         log.warning("%s was changed, or damaged, since the drafter was written.", config)
 
 
@@ -110,8 +110,8 @@ def load_as(kind: type[Made], target: Target, directory: str | Path, block_size:
     Raises:
         DrafterError: if the checkpoint is missing, damaged or of another kind, or does not fit the target.
     """
-    place = Path(resolve(str(directory)))
-    return fitted(assemble_as(kind, *read_checkpoint(place), str(place), target.num_layers), target, block_size)
+    path = Path(resolve(str(directory)))
+    return fitted(assemble_as(kind, *read_checkpoint(path), str(path), target.num_layers), target, block_size)
 
 
 def fitted(drafter: Made, target: Target, block_size: int | None = None) -> Made:
@@ -128,19 +128,16 @@ def save_drafter(
     dtype: torch.dtype = torch.bfloat16,
     tensors: Mapping[str, Tensor] | None = None,
 ) -> None:
-    """Write a drafter in its public format; what was there stays whole until then.
+    """Write a drafter in its public format; see :func:`write_checkpoint`.
 
     Args:
-        tensors: its weights, where they are not here as a whole.
+        tensors: its whole weights, if the drafter is sharded.
     """
     write_checkpoint(directory, drafter.config.to_json(), drafter.state_dict() if tensors is None else tensors, dtype)
 
 
 def _filled(kind: type[Made], config: DrafterConfig, tensors: Mapping[str, Tensor], where: str) -> Made:
-    """The drafter with a checkpoint's tensors, weights in float32.
-
-    It is made without memory first: nothing is allocated before the tensors are known to be its own.
-    """
+    """The drafter with a checkpoint's tensors, weights in float32; nothing is allocated before the tensors fit."""
     if config.num_layers > len(tensors):
         raise DrafterError(
             f"config.json of {where} describes {config.num_layers} layers, but there are {len(tensors)} tensors: copy "
@@ -153,22 +150,28 @@ def _filled(kind: type[Made], config: DrafterConfig, tensors: Mapping[str, Tenso
         drafter = kind(config)
     except (TypeError, ValueError, AttributeError, KeyError, ArithmeticError, RuntimeError, MemoryError) as error:
         raise DrafterError(
-            f"config.json of {where} describes no drafter that can be built ({shown(str(error))}): copy it again, or "
-            "name another."
+            f"config.json of {where} does not describe a drafter that can be built ({shown(str(error))}): copy it "
+            "again, or name another."
         ) from error
     drafter.load_state_dict({name: t.float() if t.is_floating_point() else t for name, t in tensors.items()})
     return drafter
 
 
 def _compare(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: str) -> None:
-    """Refuse tensors that are not the drafter's ``own``."""
-    _compare_shapes(
-        {name: tuple(t.shape) for name, t in own.items()}, {name: tuple(t.shape) for name, t in tensors.items()}, where
-    )
+    """Refuse tensors that do not fit the drafter's ``own``."""
+    expected, found = ({name: tuple(t.shape) for name, t in group.items()} for group in (own, tensors))
+    if expected != found:
+        missing, extra = sorted(expected.keys() - found.keys()), sorted(found.keys() - expected.keys())
+        both = sorted(expected.keys() & found.keys())
+        shapes = [f"{n} {found[n]} instead of {expected[n]}" for n in both if expected[n] != found[n]]
+        raise DrafterError(
+            f"The tensors of {where} are not those of its config.json: copy both again. "
+            f"Missing: {_few(missing)}; extra: {_few(extra)}; misshapen: {_few(shapes)}."
+        )
     other = [f"{n} {t.dtype}" for n, t in tensors.items() if t.is_floating_point() != own[n].is_floating_point()]
     if other:
         raise DrafterError(
-            f"The tensors of {where} have other kinds of number than a drafter's: {listed(sorted(other))}. Quantized "
+            f"The tensors of {where} have other types than a drafter's: {listed(sorted(other))}. Quantized "
             "checkpoints are not read: use one in bfloat16, float16 or float32."
         )
     broken = [n for n, t in tensors.items() if t.is_floating_point() and not bool(torch.isfinite(t.float()).all())]
@@ -179,27 +182,10 @@ def _compare(own: Mapping[str, Tensor], tensors: Mapping[str, Tensor], where: st
         )
 
 
-def _compare_shapes(own: dict[str, tuple[int, ...]], found: dict[str, tuple[int, ...]], where: str) -> None:
-    if own != found:
-        missing, extra = sorted(own.keys() - found.keys()), sorted(found.keys() - own.keys())
-        shapes = [
-            f"{n} {found[n]} instead of {own[n]}" for n in sorted(own.keys() & found.keys()) if own[n] != found[n]
-        ]
-        raise DrafterError(
-            f"The tensors of {where} are not those of its config.json: copy both again. "
-            f"Missing: {_few(missing)}; extra: {_few(extra)}; misshapen: {_few(shapes)}."
-        )
-
-
 def _few(names: list[str], limit: int = 6) -> str:
     """The first of them, and how many more there are."""
     more = f" and {len(names) - limit} more" if len(names) > limit else ""
     return f"{[shown(name, 100) for name in names[:limit]]}{more}" if names else "none"
-
-
-def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """Weights in another precision, on the CPU; tables stay as they are."""
-    return {n: t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
 
 
 def write_checkpoint(
@@ -207,17 +193,21 @@ def write_checkpoint(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``, each whole or not at all.
 
-    ``checksums.json`` beside them is for :func:`read_checkpoint`; other readers pass over it.
+    ``checksums.json`` beside them is for :func:`read_checkpoint`; other readers ignore it.
+
+    Args:
+        dtype: precision of the weights; integer tables keep theirs.
 
     Raises:
-        FileError: if they cannot be written; what was there before stays.
+        FileError: if they cannot be written; the earlier files then stay.
     """
     with writing(directory):
         directory.mkdir(parents=True, exist_ok=True)
-        # Until both files are new, nothing is said of either.
+        # Until both files are new, no checksum fits.
         (directory / _CHECKSUMS).unlink(missing_ok=True)
+    cast = {n: t.detach().to("cpu", dtype if t.is_floating_point() else t.dtype) for n, t in tensors.items()}
     with replaced(directory / _WEIGHTS) as partial:
-        save_file({n: t.contiguous() for n, t in _cast(tensors, dtype).items()}, partial, metadata={"format": "pt"})
+        save_file({n: t.contiguous() for n, t in cast.items()}, partial, metadata={"format": "pt"})
     with replaced(directory / _CONFIG) as partial:
         raw = raw | {"torch_dtype": str(dtype).removeprefix("torch.")}
         partial.write_text(json.dumps(raw, indent=2) + "\n", encoding="utf-8")

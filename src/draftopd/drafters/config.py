@@ -1,4 +1,4 @@
-"""What a drafter's ``config.json`` says: the base of every drafter's typed configuration, and the fields of layers."""
+"""A drafter's ``config.json``: the base of every drafter's typed configuration, and the fields of layers."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from draftopd.targets.shape import TargetShape
 
 Layers = TypeVar("Layers", bound=PreTrainedConfig)
 
-#: A longer block is a mistake and would only take memory.
+#: A longer block is a mistake.
 MAX_BLOCK = 1024
 
-#: No drafter has more layers, or is larger in any other measure.
+#: Upper limits of a drafter's layers, and of all its other sizes.
 MAX_LAYERS, MAX_SIZE = 1024, 2**31 - 1
 
 #: Fields that describe a drafter's own layers.
@@ -32,7 +32,7 @@ _LAYER_FIELDS = (
     "use_sliding_window", "max_window_layers",
 )  # fmt: skip
 
-#: Fields among them that count something.
+#: Those of them that are sizes.
 _SIZES = (
     "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads", "head_dim", "intermediate_size",
     "max_position_embeddings", "vocab_size",
@@ -43,7 +43,7 @@ _SIZES = (
 class DrafterConfig:
     """Everything of a drafter but its weights. A subclass adds the fields of its own kind.
 
-    As it stands here it reads and writes its fields by their names; kinds with a public format read and write that.
+    The base reads and writes fields by their names; kinds with a public format read and write that.
 
     Args:
         target: shape of the target that the drafter was made for.
@@ -55,16 +55,16 @@ class DrafterConfig:
     block_size: int
     target_layer_ids: tuple[int, ...]
 
-    #: Names that a ``config.json`` gives as its architecture; the first one is written.
+    #: Architectures that a ``config.json`` may name; the first one is written.
     architectures: ClassVar[tuple[str, ...]]
-    #: Whether it may read the states after the target's final norm too, as layer ``num_layers``.
+    #: Whether it may also read the states after the target's final norm, as layer ``num_layers``.
     reads_final_norm: ClassVar[bool] = False
 
     @classmethod
     def from_json(
         cls, raw: dict[str, Any], where: str, tensors: Collection[str] = (), num_target_layers: int | None = None
     ) -> Self:
-        """Read a ``config.json``; other drafters, and variants that this kind does not have, are refused by name.
+        """Read a ``config.json``; other kinds, and variants that are not supported, are refused by name.
 
         Args:
             where: names the checkpoint in errors.
@@ -90,12 +90,12 @@ class DrafterConfig:
 
     @property
     def num_layers(self) -> int:
-        """Layers that the drafter has."""
+        """Number of the drafter's layers."""
         return 1
 
     @property
     def own_head(self) -> int:
-        """Rows of the drafter's own LM head; 0 where it shares the target's."""
+        """Rows of the drafter's own LM head; 0 if it shares the target's."""
         return 0
 
     @property
@@ -116,7 +116,7 @@ class DrafterConfig:
             )
         if self.block_size > MAX_BLOCK:
             raise DrafterError(
-                f"block_size {self.block_size} is more than any drafter's: use {MAX_BLOCK} or less, or another one."
+                f"block_size {self.block_size} is above the maximum: use {MAX_BLOCK} or less, or another drafter."
             )
         names = ("hidden size", "vocabulary", "number of target layers")
         for name, own, found in zip(names, self.target, target, strict=True):
@@ -135,7 +135,7 @@ class DrafterConfig:
 
 
 def architecture_of(raw: dict[str, Any]) -> str:
-    """The architecture that a ``config.json`` names; ``?`` where it names none."""
+    """The architecture that a ``config.json`` names, or ``?`` without one."""
     named = raw.get("architectures")
     return shown(named[0], 60) if isinstance(named, list) and named and isinstance(named[0], str) else "?"
 
@@ -155,10 +155,10 @@ def check_architecture(config: type[DrafterConfig], raw: dict[str, Any], where: 
 
 @contextmanager
 def reading(name: str, where: str) -> Iterator[None]:
-    """Read the fields of a kind of drafter called ``name``.
+    """Around reading the fields of a kind of drafter called ``name``.
 
     Raises:
-        DrafterError: where one of them is missing or garbled.
+        DrafterError: if a field is missing or garbled.
     """
     try:
         yield
@@ -169,19 +169,19 @@ def reading(name: str, where: str) -> Iterator[None]:
 
 
 def parse_layers(kind: type[Layers], raw: dict[str, Any], where: str) -> Layers:
-    """The fields of the drafter's own layers.
+    """The config of the drafter's own layers.
 
     Args:
-        kind: config class of the family whose layers it has.
+        kind: config class of the family of its layers.
 
     Raises:
-        DrafterError: if they describe no layers that this drafter has.
+        DrafterError: if the drafter cannot have such layers.
     """
     try:
         for name in _SIZES:
             if raw.get(name) is not None and not 1 <= whole(raw[name]) <= MAX_SIZE:
                 raise ValueError(f"{name} is {raw[name]}, expected 1 to {MAX_SIZE}")
-        # The config class writes a list of this length.
+        # The config class makes a list of this length.
         if raw.get("num_hidden_layers", 1) > MAX_LAYERS:
             raise ValueError(f"num_hidden_layers is {raw['num_hidden_layers']}, expected at most {MAX_LAYERS}")
         rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
@@ -194,16 +194,16 @@ def parse_layers(kind: type[Layers], raw: dict[str, Any], where: str) -> Layers:
         )
         if config.num_attention_heads % config.num_key_value_heads or config.head_dim % 2:
             raise ValueError(
-                f"{config.num_attention_heads} heads of {config.head_dim} do not go with {config.num_key_value_heads} "
+                f"{config.num_attention_heads} heads of {config.head_dim} do not fit {config.num_key_value_heads} "
                 "key/value heads"
             )
         if not 0 < float(config.rms_norm_eps) < 1 or not 0 < float(rope["rope_theta"]) < math.inf:
-            raise ValueError(f"rms_norm_eps {config.rms_norm_eps} or rope_theta {rope['rope_theta']} is none")
+            raise ValueError(f"rms_norm_eps {config.rms_norm_eps} or rope_theta {rope['rope_theta']} is out of range")
         kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     except (TypeError, ValueError, AttributeError, KeyError, OverflowError, StrictDataclassError) as error:
         raise DrafterError(
-            f"config.json of {where} describes no {kind.model_type} layers: {shown(str(error))}. Copy it again, or "
-            "name another drafter."
+            f"config.json of {where} does not describe {kind.model_type} layers: {shown(str(error))}. Copy it again, "
+            "or name another drafter."
         ) from error
     if kinds != {"full_attention"}:
         raise DrafterError(
@@ -213,7 +213,7 @@ def parse_layers(kind: type[Layers], raw: dict[str, Any], where: str) -> Layers:
 
 
 def layer_fields(config: PreTrainedConfig) -> dict[str, Any]:
-    """The fields of the drafter's own layers, as its ``config.json`` has them."""
+    """The fields of a ``config.json`` from the layers' config."""
     rope = dict(config.rope_parameters)
     theta = rope.pop("rope_theta")
     return {

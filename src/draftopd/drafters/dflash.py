@@ -1,11 +1,9 @@
 """DFlash: block-diffusion drafting (arXiv 2602.06036).
 
-The block ``[anchor, mask, ..., mask]`` passes once through a few Qwen3-like layers and comes out as
-K proposals. Attention inside the block is bidirectional; the target's tapped hidden states enter as
-extra keys and values of every layer. Embedding and LM head are the target's, shared and frozen.
-
-A public checkpoint is ``config.json`` and ``model.safetensors``. Tensor names are the drafter's own parameter names;
-embedding and LM head are not stored.
+The block ``[anchor, mask, ..., mask]`` passes once through a few Qwen3-like layers, which gives K proposals. Attention
+inside the block is bidirectional; the target's tapped hidden states are extra keys and values of every layer. Embedding
+and LM head are the target's, shared, frozen, and not stored. A public checkpoint is ``config.json`` and
+``model.safetensors``, whose tensor names are the drafter's own parameter names.
 """
 
 from __future__ import annotations
@@ -33,17 +31,17 @@ from draftopd.targets.cache import PositionStore
 from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 
-#: Parts of tensor names by which third-party variants of DFlash are known.
+#: Parts of tensor names that identify third-party variants of DFlash.
 _VARIANTS = ("qkv_proj", "g_proj", "aux_hidden_norms")
 
 
 @dataclass(frozen=True)
 class DFlashConfig(DrafterConfig):
-    """What a DFlash ``config.json`` says.
+    """A DFlash ``config.json``.
 
     Args:
         layers: Qwen3 fields of the drafter's own layers; ``hidden_size`` and ``vocab_size`` are the target's.
-        mask_token_id: stands in the slots to be proposed; its embedding is the target's row.
+        mask_token_id: token in the slots to be proposed; its embedding is the target's row.
     """
 
     layers: Qwen3Config
@@ -63,7 +61,7 @@ class DFlashConfig(DrafterConfig):
             )
         with reading("DFlash", where):
             dflash = raw.get("dflash_config") or {}
-            # Newer releases keep the block size among DFlash's own fields.
+            # Newer releases have the block size among DFlash's own fields.
             block_size = whole(raw["block_size"] if "block_size" in raw else dflash["block_size"])
             taps = tuple(whole(i) for i in dflash["target_layer_ids"])
             mask_token_id, depth = whole(dflash["mask_token_id"]), whole(raw["num_target_layers"])
@@ -102,10 +100,7 @@ def usual_block_size(target_layers: int) -> int:
 
 
 def default_target_layers(drafter_layers: int, target_layers: int) -> tuple[int, ...]:
-    """Which target layers to tap: the middle one, or points spread evenly from 1 to N - 3.
-
-    Targets too shallow for distinct points are tapped at fewer.
-    """
+    """The target layers to tap: the middle one, or distinct ones spread evenly from 1 to N - 3."""
     if drafter_layers == 1 or target_layers < 5:
         return (target_layers // 2,)
     last = target_layers - 3
@@ -114,10 +109,9 @@ def default_target_layers(drafter_layers: int, target_layers: int) -> tuple[int,
 
 
 def unused_token(target: Target, tokenizer: PreTrainedTokenizerBase) -> int:
-    """A token for the slots to be proposed: the tokenizer's mask token, else the first id it does not use.
+    """A token for the slots to be proposed: the tokenizer's mask token, else its first unused id, else padding.
 
-    For Qwen3 that is 151669, as in the public DFlash checkpoints. Where the tokenizer uses every id,
-    padding serves.
+    For Qwen3 that is 151669, as in the public DFlash checkpoints.
     """
     if tokenizer.mask_token_id is not None:
         return int(tokenizer.mask_token_id)
@@ -186,7 +180,7 @@ class DFlashDrafter(Drafter):
             checkpoint: directory in the public DFlash layout; None starts fresh with the arguments up to ``num_heads``.
             block_size: with a checkpoint, replaces the one it was trained with; default :func:`usual_block_size`.
             num_layers: depth of the drafter.
-            mask_token_id: default :func:`unused_token`, the only thing that the tokenizer is asked for.
+            mask_token_id: default :func:`unused_token`, which alone needs the tokenizer.
             target_layer_ids: default :func:`default_target_layers`.
             intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
         """
@@ -208,18 +202,12 @@ class DFlashDrafter(Drafter):
         """Every layer's context keys and values, ``[batch, kv_heads, n, head_dim]`` each."""
         states = self.hidden_norm(self.fc(features.to(self.fc.weight.dtype)))
         rotary = self.rotary_emb(states, positions)
-        layers = (layer for layer in self.layers if isinstance(layer, DFlashLayer))
-        return [layer.self_attn.keys_values(states, rotary) for layer in layers]
+        return [layer.self_attn.keys_values(states, rotary) for layer in self.layers if isinstance(layer, DFlashLayer)]
 
     def replay(
-        self,
-        target: Target,
-        features: Tensor,
-        ids: Tensor,
-        anchors: Tensor,
-        choose: Chooser,
+        self, target: Target, features: Tensor, ids: Tensor, anchors: Tensor, choose: Chooser,
         begins: Tensor | None = None,
-    ) -> Draft:
+    ) -> Draft:  # fmt: skip
         positions, first = torch.arange(features.shape[1], device=features.device)[None], None
         if begins is not None:
             positions, first = positions - begins, begins.gather(1, anchors)
@@ -246,21 +234,16 @@ class DFlashDrafter(Drafter):
             store.write(keys, values, positions)
 
     def draft(
-        self,
-        target: Target,
-        state: list[PositionStore],
-        anchors: Tensor,
-        anchor_tokens: Tensor,
-        visible: int,
+        self, target: Target, state: list[PositionStore], anchors: Tensor, anchor_tokens: Tensor, visible: int,
         choose: Chooser,
-    ) -> Draft:
+    ) -> Draft:  # fmt: skip
         context = [store.read(visible) for store in state]
         return self._blocks(target, context, View(anchors[:, None]), anchor_tokens[:, None], choose)
 
     def _blocks(
         self, target: Target, context: list[KeysValues], view: View, anchor_tokens: Tensor, choose: Chooser
     ) -> Draft:
-        """Blocks at the anchors where their view ends."""
+        """Blocks at the anchors, which are the ends of their views."""
         tokens = anchor_tokens.new_full((*anchor_tokens.shape, self.block_size), self.config.mask_token_id)
         tokens[..., 0] = anchor_tokens
         block = target.embed(tokens).to(self.fc.weight.dtype).flatten(1, 2)

@@ -1,4 +1,4 @@
-"""The part of the target's vocabulary that a drafter with its own LM head proposes."""
+"""Chooses the part of the target's vocabulary that a drafter with its own LM head proposes."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ log = logging.getLogger(__name__)
 
 
 def frequent_tokens(texts: Iterable[list[int]], size: int, vocab_size: int) -> Tensor:
-    """The ``size`` token ids that are most frequent in the texts, ascending; ties go to the smaller id.
+    """The ``size`` most frequent token ids of the texts, ascending; ties go to the smaller id.
 
     Raises:
         DrafterError: if the size or a token lies outside the vocabulary, or there is no text to count.

@@ -1,13 +1,12 @@
 """EAGLE-3: autoregressive drafting on fused target features (arXiv 2503.01840).
 
 One Llama-like layer reads the embedding of a token beside the state before it: first the target's low, middle and
-high features, fused, then the layer's own output. It has an LM head of its own, over a part of the target's
-vocabulary.
+high features, fused, then the layer's own output. It has its own LM head, over a part of the target's vocabulary.
 
 A public checkpoint (SafeAILab, SpecForge) is ``config.json`` and ``model.safetensors``. Tensor names are the drafter's
-own parameter names; the embedding is stored only where it is not the target's. Engines count tapped layers in two
-ways: SGLang names the layer whose output is read (``eagle_config``), vLLM the layer whose input is (the top-level
-field, which it looks at first). Where the layers are the usual ones no checkpoint names them.
+own parameter names; the embedding is stored only if it is not the target's. Engines count tapped layers in two ways:
+SGLang names the layer whose output is read (``eagle_config``), vLLM the layer whose input is (the top-level field,
+which it reads first). Checkpoints do not name the usual layers.
 """
 
 from __future__ import annotations
@@ -35,24 +34,21 @@ from draftopd.targets.head import LMHead, Vocabulary
 from draftopd.targets.shape import TargetShape
 from draftopd.targets.target import Target
 
-#: Anchor plus proposals of a fresh drafter, and where a checkpoint does not say it: 7 steps of training-time test.
+#: Anchor plus proposals of a fresh drafter, and of a checkpoint without a block size: 7 steps of training-time test.
 USUAL_BLOCK_SIZE = 8
 
-#: Options, and parts of tensor names, by which variants of EAGLE-3 are known.
+#: Options, and parts of tensor names, that identify variants of EAGLE-3.
 _VARIANT_OPTIONS = ("fc_norm", "norm_before_fc", "norm_output")
 _VARIANT_TENSORS = ("fc_norm", "input_norm", "qkv_proj", "_norm.bias")
 
 
 def usual_layers(target_layers: int) -> tuple[int, ...]:
-    """The layers that engines tap where a checkpoint names none."""
+    """The layers that engines tap if a checkpoint names none."""
     return (1, target_layers // 2 - 1, target_layers - 4)
 
 
 def default_target_layers(target_layers: int) -> tuple[int, ...]:
-    """A low, a middle and a high layer, as engines take them where a checkpoint names none.
-
-    Targets too shallow for these three are tapped at the first, the middle and the last layer.
-    """
+    """:func:`usual_layers`, or the first, the middle and the last layer of a target too shallow for these."""
     usual = usual_layers(target_layers)
     if usual[0] < usual[1] < usual[2]:
         return usual
@@ -61,13 +57,13 @@ def default_target_layers(target_layers: int) -> tuple[int, ...]:
 
 @dataclass(frozen=True)
 class Eagle3Config(DrafterConfig):
-    """What an EAGLE-3 ``config.json`` says.
+    """An EAGLE-3 ``config.json``.
 
     Args:
         layers: Llama fields of its layer; ``vocab_size`` is the target's, ``hidden_size`` the drafter's own.
         draft_vocab_size: tokens that its LM head can propose.
-        own_embedding: carry token embeddings instead of reading the target's.
-        norm_before_residual: add to the normalised state instead of the state itself.
+        own_embedding: whether it has its own token embeddings instead of the target's.
+        norm_before_residual: whether the residual is the normalised state instead of the state itself.
     """
 
     layers: LlamaConfig
@@ -87,7 +83,7 @@ class Eagle3Config(DrafterConfig):
         unusual = sorted(name for name in tensors if any(part in name for part in _VARIANT_TENSORS))
         if options or unusual:
             raise DrafterError(
-                f"{where} is an EAGLE-3 variant with {options + unusual[:4]}, which this drafter has not: name another."
+                f"{where} is an EAGLE-3 variant with {options + unusual[:4]}, which is not supported: name another."
             )
         if raw.get("num_hidden_layers", 1) != 1:
             raise DrafterError(
@@ -150,12 +146,12 @@ class Eagle3Config(DrafterConfig):
 
     @property
     def ignored_tensors(self) -> tuple[str, ...]:
-        # A whole vocabulary needs no tables; some checkpoints have them all the same.
+        # A whole vocabulary needs no tables, but some checkpoints have them.
         return () if self.reduced else ("t2d", "d2t")
 
 
 class Eagle3Layer(nn.Module):
-    """The layer: queries, keys and values see a token's embedding and the state before it, side by side."""
+    """The layer, whose attention reads a token's embedding and the state before it, concatenated."""
 
     def __init__(self, config: LlamaConfig) -> None:
         super().__init__()
@@ -171,7 +167,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
     """The EAGLE-3 draft model.
 
     Raises:
-        DrafterError: if its width is not the target's and it has no embedding of its own.
+        DrafterError: if its width is not the target's and it has no own embedding.
     """
 
     kind = "eagle3"
@@ -222,7 +218,7 @@ class Eagle3Drafter(AutoregressiveDrafter):
             checkpoint: directory in the public EAGLE-3 layout; None starts fresh with the other arguments.
             block_size: with a checkpoint, replaces the one it was trained with; default :data:`USUAL_BLOCK_SIZE`.
             draft_vocab_size: this many of the tokens that are most frequent in the texts; None: the whole vocabulary.
-            target_layer_ids: default as engines take them, see :func:`default_target_layers`.
+            target_layer_ids: default :func:`default_target_layers`.
             intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
         """
         if checkpoint is not None:

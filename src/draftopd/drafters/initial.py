@@ -18,7 +18,7 @@ def layer_shape(
 
     Args:
         intermediate_size: width of the MLP; default the target's.
-        num_heads: attention heads; default the target's. Key/value heads are the target's, at most as many.
+        num_heads: attention heads; default the target's. Key/value heads are the target's, but at most this many.
     """
     shape = target.config
     target_heads = shape.num_attention_heads
@@ -40,7 +40,7 @@ def layer_shape(
 
 @torch.no_grad()
 def draw_weights(drafter: nn.Module, std: float) -> None:
-    """Normally distributed weights in all linear maps."""
+    """Draw normally distributed weights for all linear maps."""
     for module in drafter.modules():
         if isinstance(module, nn.Linear):
             nn.init.normal_(module.weight, std=std)
@@ -50,7 +50,7 @@ def draw_weights(drafter: nn.Module, std: float) -> None:
 def final_norm_weight(target: Target) -> Tensor:
     """``[hidden]``: the scales of the target's final norm, which its LM head expects.
 
-    Read off an RMSNorm's output: some families store this weight less 1. A LayerNorm takes the mean of ones away.
+    For an RMSNorm they are its output for ones, because some families store the weight less 1.
     """
     if isinstance(target.body.norm, nn.LayerNorm):
         return target.body.norm.weight.clone()
@@ -59,6 +59,6 @@ def final_norm_weight(target: Target) -> Tensor:
 
 
 def _rope_theta(shape: PreTrainedConfig) -> float:
-    """The target's rotary base; of its full-attention layers where kinds of layers differ."""
+    """The target's rotary base, that of its full-attention layers if there are several."""
     rope = getattr(shape, "rope_parameters", None) or {}
     return float((rope.get("full_attention") or rope).get("rope_theta", 10_000.0))

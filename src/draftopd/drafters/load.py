@@ -1,4 +1,4 @@
-"""A drafter of whatever kind its checkpoint holds."""
+"""Loads a drafter of the kind that its checkpoint holds."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ def load_drafter(directory: str | Path, num_target_layers: int | None = None) ->
     """Read a checkpoint in a public format, in float32.
 
     Args:
-        num_target_layers: depth of its target, where the checkpoint does not say it.
+        num_target_layers: depth of its target, needed if the checkpoint does not say it.
 
     Raises:
         DrafterError: if it is missing or damaged, or not a drafter.
     """
-    place = Path(resolve(str(directory)))
-    return assemble(*read_checkpoint(place), str(place), num_target_layers)
+    path = Path(resolve(str(directory)))
+    return assemble(*read_checkpoint(path), str(path), num_target_layers)
 
 
 def load_for(target: Target, directory: str | Path, block_size: int | None = None) -> Drafter:
@@ -46,7 +46,7 @@ def assemble(
     """The drafter of a ``config.json`` and its tensors; see :func:`~draftopd.drafters.checkpoint.assemble_as`.
 
     Raises:
-        DrafterError: if it is of none of the kinds, or its fields and tensors are not a drafter's.
+        DrafterError: if it is of another kind, or its fields and tensors do not fit.
     """
     kinds = {name: kind for kind in KINDS for name in kind.config_class.architectures}
     architecture = architecture_of(raw)

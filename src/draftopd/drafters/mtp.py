@@ -2,12 +2,11 @@
 arXiv 2509.18362).
 
 The layout is the next-token block of Qwen3-Next, Qwen3.5 and MiMo: the token's embedding and the state before it are
-normalised, joined by one linear map, and pass through one Qwen3 decoder layer; its normalised output
-goes to the target's LM head and, as the next step's state, around again. Embedding and LM head are the target's,
-shared and frozen.
+normalised, joined by one linear map, and pass through one Qwen3 decoder layer. Its normalised output is the input of
+the target's LM head and the state of the next step. Embedding and LM head are the target's, shared and frozen.
 
-The public format is an MTP head by itself in vLLM's ``speculators`` layout: ``config.json`` and ``model.safetensors``.
-Tensor names are the drafter's own parameter names.
+The public format is vLLM's ``speculators`` layout: ``config.json`` and ``model.safetensors``, whose tensor names are
+the drafter's own parameter names.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ USUAL_BLOCK_SIZE = 4
 
 @dataclass(frozen=True)
 class MTPConfig(DrafterConfig):
-    """What the ``config.json`` of an MTP head says.
+    """The ``config.json`` of an MTP head.
 
     Args:
         layers: Qwen3 fields of its layer; ``hidden_size`` and ``vocab_size`` are the target's.
@@ -72,7 +71,7 @@ class MTPConfig(DrafterConfig):
             )
         with reading("MTP", where):
             proposals = whole(raw["speculators_config"]["proposal_methods"][0]["speculative_tokens"])
-            # The layer's fields are the target's.
+            # The file describes the target's layers.
             depth = whole(fields["num_hidden_layers"])
         own = {name: value for name, value in fields.items() if name not in ("layer_types", "num_hidden_layers")}
         layers = parse_layers(Qwen3Config, own | {"num_hidden_layers": 1}, where)
@@ -155,7 +154,7 @@ class MTPDrafter(AutoregressiveDrafter):
             checkpoint: directory as training writes it; None starts fresh with the other arguments.
             block_size: with a checkpoint, replaces the one it was trained with; default :data:`USUAL_BLOCK_SIZE`.
             intermediate_size, num_heads: see :func:`~draftopd.drafters.initial.layer_shape`.
-            from_last_layer: begin with the weights of the target's last layer, where it is of the same kind and shape.
+            from_last_layer: begin with the weights of the target's last layer, if its kind and shape are the same.
         """
         if checkpoint is not None:
             drafter = load_as(cls, target, checkpoint, block_size)
@@ -193,7 +192,7 @@ class MTPDrafter(AutoregressiveDrafter):
 
 @torch.no_grad()
 def _copy_layer(source: nn.Module, layer: MTPLayer) -> None:
-    """Copy a decoder layer's weights, where it has just this layer's parts in this layer's shapes."""
+    """Copy a decoder layer's weights, if it has the same parts in the same shapes."""
     own = {n: p for n, p in layer.named_parameters() if n.startswith(("self_attn", "mlp", "input_l", "post_"))}
     found = dict(source.named_parameters())
     if {n: p.shape for n, p in own.items()} == {n: p.shape for n, p in found.items()}:

@@ -1,4 +1,4 @@
-"""tau, the acceptance length: tokens emitted a verification."""
+"""tau, the acceptance length: tokens emitted per verification."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from torchmetrics import Metric
 
 
 def acceptance_length(emitted: Sequence[Sequence[int]]) -> tuple[float, float]:
-    """Micro and macro tau of prompts given as their blocks' emitted token counts.
+    """Micro and macro tau of prompts, each given as its blocks' emitted token counts.
 
-    Micro: all emitted tokens by all verifications. Macro: mean over prompts of the prompt's own mean.
-    Prompts without a block have no say.
+    Micro: all emitted tokens divided by all verifications. Macro: mean over prompts of the prompt's own mean. Prompts
+    without a block do not count.
 
     Example:
         >>> acceptance_length([[4, 2], [1]])

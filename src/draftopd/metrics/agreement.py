@@ -10,7 +10,7 @@ from torchmetrics import Metric
 
 from draftopd.replay.blocks import Blocks
 
-#: Logits-sized float32 tensors that :func:`slot_agreement` holds at once: of its only chunk, or of one among several.
+#: Logits-sized float32 tensors that :func:`slot_agreement` holds at once: with one chunk, and with several.
 LOGIT_COPIES = (5, 7)
 
 
@@ -23,21 +23,21 @@ class SlotAgreement(NamedTuple):
 
 
 def slot_agreement(blocks: Blocks) -> SlotAgreement:
-    """How drafter and target compare at every slot, at temperature 1, whatever the texts were drawn at.
+    """How drafter and target compare at every slot, always at temperature 1.
 
     Raises:
         ValueError: if the blocks were not scored by the target.
     """
     if blocks.target_states is None:
-        raise ValueError("The blocks carry none of the target's states: take them with scope 'proposals'.")
+        raise ValueError("The blocks have no states of the target: make them with scope 'proposals'.")
     draft, target = blocks.draft_states.detach().flatten(0, 1), blocks.target_states.flatten(0, 1)
     parts = []
     with torch.no_grad():
         for s, t in (blocks.target_head or blocks.head).chunks(draft, target):
             log_q, log_p = blocks.head.logits(s).log_softmax(-1), blocks.target_logits(t).log_softmax(-1)
             q, p = log_q.exp(), log_p.exp()
-            shared = torch.minimum(blocks.head.restrict(p), q).sum(-1)
-            parts.append(torch.stack([shared, -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
+            overlap = torch.minimum(blocks.head.restrict(p), q).sum(-1)
+            parts.append(torch.stack([overlap, -(q * log_q).sum(-1), -(p * log_p).sum(-1)]))
     return SlotAgreement(*torch.cat(parts, dim=1).view(3, *blocks.proposals.shape))
 
 
@@ -61,9 +61,8 @@ class Agreement(Metric):
 
     def __init__(self) -> None:
         super().__init__()
-        self.add_state("sums", torch.zeros(3, dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("slots", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
-        self.add_state("blocks", torch.zeros((), dtype=torch.float64), dist_reduce_fx="sum")
+        for name, shape in {"sums": (3,), "slots": (), "blocks": ()}.items():
+            self.add_state(name, torch.zeros(shape, dtype=torch.float64), dist_reduce_fx="sum")
 
     def update(self, blocks: Blocks, found: SlotAgreement) -> None:
         """Add blocks and their :func:`slot_agreement`."""

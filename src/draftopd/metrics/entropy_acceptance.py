@@ -1,4 +1,4 @@
-"""Acceptance against the target's entropy: where the target is sure, a drafter is easily right."""
+"""Acceptance rate by the target's entropy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EDGES = (0.0, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)
 
 
 class EntropyAcceptance(Metric):
-    """Acceptance of the slots that were tested, by the target's entropy there (Bebop, arXiv 2606.12370).
+    """Acceptance rate of the tested slots by the target's entropy (Bebop, arXiv 2606.12370).
 
     A slot was tested if all slots before it were accepted. Computes ``{lower edge: acceptance rate}`` for the bins
     that hold a slot.

@@ -1,4 +1,4 @@
-"""Where in the block proposals are accepted, and where the first rejection falls."""
+"""Acceptance rates by position in the block, and the position of the first rejection."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def accepted_length_counts(accepted: Tensor, slots: int) -> Tensor:
 
 
 class _AcceptedLengths(Metric):
-    """Counts of accepted lengths, the state both metrics below are read from."""
+    """Counts of accepted lengths, the state of both metrics below."""
 
     full_state_update = False
     counts: Tensor
@@ -33,8 +33,8 @@ class _AcceptedLengths(Metric):
     def update(self, accepted: Tensor, emitted: Tensor | None = None) -> None:
         """Add blocks by their accepted lengths ``[...]``, 0..slots, and the tokens ``[...]`` that each emitted.
 
-        A block that emitted no more than it accepted was cut short by the end of the text: those slots were accepted,
-        and nothing is known of the ones behind. None: no block was.
+        A block that emitted no more than it accepted was cut short by the end of the text: the emitted slots were
+        accepted, the others are unknown. None: no block was cut short.
         """
         cut = torch.zeros_like(accepted, dtype=torch.bool) if emitted is None else emitted <= accepted
         self.counts += accepted_length_counts(accepted[~cut], self.slots).to(self.counts.device)
@@ -43,10 +43,9 @@ class _AcceptedLengths(Metric):
 
 
 class AcceptanceByPosition(_AcceptedLengths):
-    """Acceptance rate of each block position, ``[slots]``: of the blocks that got there, how many went on.
+    """Acceptance rate of each block position, ``[slots]``.
 
-    Entry ``k`` is the share of blocks accepting proposal ``k + 1`` among those that accepted all before
-    it and had it tested; NaN where no block got there.
+    Entry ``k`` is the fraction of blocks that accept proposal ``k + 1`` among those that test it; NaN where none does.
 
     Example:
         >>> metric = AcceptanceByPosition(slots=2)
@@ -63,7 +62,7 @@ class AcceptanceByPosition(_AcceptedLengths):
 class RejectionPosition(_AcceptedLengths):
     """Histogram of the rejection position ``1..slots``; the last entry counts fully accepted blocks.
 
-    Blocks that the end of the text cut short are in neither.
+    Blocks that the end of the text cut short are not counted.
 
     Example:
         >>> metric = RejectionPosition(slots=2)
