@@ -130,8 +130,8 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
 
 def _unwritable(directory: Path) -> str | None:
     """An error message if a run's directory cannot be made or written, or None."""
-    nearest_one = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if nearest_one.is_dir() and os.access(nearest_one, os.W_OK | os.X_OK):
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None
-    reason = f"{nearest_one} is read-only for you" if nearest_one.is_dir() else f"{nearest_one} is a file"
+    reason = f"{existing} is read-only for you" if existing.is_dir() else f"{existing} is a file"
     return f"The run cannot be written to {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
