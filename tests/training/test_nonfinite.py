@@ -110,7 +110,7 @@ def test_a_bad_step_changes_nothing_and_the_next_goes_on(
 def test_a_skipped_step_is_as_if_its_batch_were_not_there(
     make_module: Callable[..., DraftModule], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """But for the schedule of the rate, which goes on; here it is flat."""
+    """A schedule of the rate would go on; here there is none."""
     weights = []
     for calls in ((1,), ()):
         module = make_module(Failing("nan", calls), schedule=None)

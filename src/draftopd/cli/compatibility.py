@@ -89,7 +89,9 @@ def check_sharding(config: DictConfig) -> None:
         if config.target.get(name) is not None:
             raise ConfigError(f"trainer=fsdp places the target itself: leave target.{name}={config.target[name]} out.")
     if config.trainer.get("inference_mode", True):
-        raise ConfigError("trainer=fsdp needs trainer.inference_mode=false: such weights could not be trained later.")
+        raise ConfigError(
+            "trainer=fsdp needs trainer.inference_mode=false: weights gathered in inference mode cannot be trained."
+        )
 
 
 def advise(config: DictConfig) -> None:

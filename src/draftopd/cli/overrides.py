@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 from hydra import compose, initialize_config_dir
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from draftopd.cli.keys import walk
 from draftopd.cli.nearest import nearest
 from draftopd.cli.secrets import exposed
 
@@ -98,7 +98,7 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
     try:
         with initialize_config_dir(str(configs), version_base="1.3"):
             base = compose(name, chosen)
-            known = _keys(base)
+            known = {key for key, _ in walk(OmegaConf.to_container(base))}
             for override in overrides:
                 key = override.split("=")[0]
                 if override in chosen or key.startswith(("+", "~", "hydra.", "hydra/")):
@@ -116,7 +116,7 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
                 return secret
             if not keeps:
                 return None
-            missing = next(_missing(config), None)
+            missing = next((key for key, value in walk(OmegaConf.to_container(config)) if value == "???"), None)
             if missing:
                 return f"{missing} must be given: {missing}=VALUE."
             whole = compose(name, overrides, return_hydra_config=True)
@@ -130,30 +130,8 @@ def problem(configs: Path, name: str, overrides: list[str], keeps: bool = True) 
 
 def _unwritable(directory: Path) -> str | None:
     """An error message if a run's directory cannot be made or written, or None."""
-    nearest_one = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
-    if nearest_one.is_dir() and os.access(nearest_one, os.W_OK | os.X_OK):
+    existing = next(path for path in (directory.absolute(), *directory.absolute().parents) if path.exists())
+    if existing.is_dir() and os.access(existing, os.W_OK | os.X_OK):
         return None
-    reason = f"{nearest_one} is read-only for you" if nearest_one.is_dir() else f"{nearest_one} is a file"
+    reason = f"{existing} is read-only for you" if existing.is_dir() else f"{existing} is a file"
     return f"The run cannot be written to {directory}: {reason}. Choose another directory (hydra.run.dir=DIR)."
-
-
-def _missing(config: DictConfig, prefix: str = "") -> Iterator[str]:
-    """Dotted keys whose values must still be given."""
-    for key in map(str, config):
-        if OmegaConf.is_missing(config, key):
-            yield f"{prefix}{key}"
-        elif not OmegaConf.is_interpolation(config, key) and isinstance(config[key], DictConfig):
-            yield from _missing(config[key], f"{prefix}{key}.")
-
-
-def _keys(config: DictConfig, prefix: str = "") -> set[str]:
-    """All dotted keys of a configuration."""
-    keys = set()
-    for key in map(str, config):
-        path = f"{prefix}{key}"
-        keys.add(path)
-        if not OmegaConf.is_interpolation(config, key) and not OmegaConf.is_missing(config, key):
-            child = config[key]
-            if isinstance(child, DictConfig):
-                keys |= _keys(child, f"{path}.")
-    return keys

@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, TextIO
 
 from omegaconf import OmegaConf
 
+from draftopd.cli.keys import walk
 from draftopd.cli.report import FORMAT, TESTED_FORMAT
 from draftopd.errors import FileError
 from draftopd.io.files import read_json
@@ -68,7 +69,7 @@ def rows(runs: Sequence[Run]) -> list[dict[str, Any]]:
 
 def settings(config: Any) -> dict[str, Any]:
     """The settings of a configuration by dotted key, without those that depend on the run's directory only."""
-    return _compared(dict(_flat(OmegaConf.to_container(config, resolve=True))))
+    return _compared(_flat(OmegaConf.to_container(config, resolve=True)))
 
 
 def write_csv(table: Sequence[dict[str, Any]], file: TextIO) -> None:
@@ -82,19 +83,13 @@ def write_csv(table: Sequence[dict[str, Any]], file: TextIO) -> None:
 def _read(directory: Path) -> Run:
     config = OmegaConf.to_container(OmegaConf.load(directory / "config.yaml"))
     tested = directory / "test.json"
-    return Run(
-        directory, dict(_flat(config)), read_json(directory / "report.json", FORMAT),
-        read_json(tested, TESTED_FORMAT)["emitted"] if tested.exists() else {},
-    )  # fmt: skip
+    emitted = read_json(tested, TESTED_FORMAT)["emitted"] if tested.exists() else {}
+    return Run(directory, _flat(config), read_json(directory / "report.json", FORMAT), emitted)
 
 
 def _compared(config: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in config.items() if not key.startswith(_NOT_COMPARED)}
 
 
-def _flat(value: Any, prefix: str = "") -> Iterable[tuple[str, Any]]:
-    if not isinstance(value, dict):
-        yield prefix, value
-        return
-    for key, inner in value.items():
-        yield from _flat(inner, f"{prefix}.{key}" if prefix else str(key))
+def _flat(config: Any) -> dict[str, Any]:
+    return {key: value for key, value in walk(config) if not isinstance(value, dict)}

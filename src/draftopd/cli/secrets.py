@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from typing import Any
+import re
 
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
+
+from draftopd.cli.keys import walk
 
 #: Last parts of keys whose values are secret.
 _SECRET = ("api_key", "apikey", "token", "password", "secret", "authorization")
@@ -14,7 +15,10 @@ _SECRET = ("api_key", "apikey", "token", "password", "secret", "authorization")
 
 def exposed(config: DictConfig) -> str | None:
     """An error message about a secret in a configuration, or None. It does not repeat the secret."""
-    for key, value in _leaves(config, ""):
+    for key, value in walk(OmegaConf.to_container(config), lists=True):
+        # A missing value holds no secret, and neither does a reference to another key.
+        if not isinstance(value, str) or value == "???" or re.search(r"(?<!\\)\$\{", value):
+            continue
         name = key.rpartition(".")[2].lower()
         if name == "api_key_env" and value not in os.environ:
             return (
@@ -29,16 +33,3 @@ def exposed(config: DictConfig) -> str | None:
                 "and name a key's environment variable with api_key_env."
             )
     return None
-
-
-def _leaves(node: DictConfig | ListConfig, prefix: str) -> Iterator[tuple[str, str]]:
-    """Every text in a configuration and its dotted key, without missing values and references to other keys."""
-    keys: list[Any] = list(node) if isinstance(node, DictConfig) else list(range(len(node)))
-    for key in keys:
-        if OmegaConf.is_missing(node, key) or OmegaConf.is_interpolation(node, key):
-            continue
-        value, path = node[key], f"{prefix}{key}"
-        if isinstance(value, DictConfig | ListConfig):
-            yield from _leaves(value, f"{path}.")
-        elif isinstance(value, str):
-            yield path, value
