@@ -113,7 +113,7 @@ def test_expected_accepted_length_is_what_rejection_sampling_accepts() -> None:
 
 
 def test_agreement_needs_scored_blocks() -> None:
-    with pytest.raises(ValueError, match="target's states"):
+    with pytest.raises(ValueError, match="states of the target"):
         slot_agreement(Blocks(**{**random_blocks().__dict__, "target_states": None}))
 
 
