@@ -54,7 +54,7 @@ PHASES = {
     "buffer": "draftopd.rollout.buffer:BufferWriter.__exit__",
     "step": "draftopd.training.module:DraftModule.training_step",
     "validation": "draftopd.training.module:DraftModule.validation_step",
-    "checkpoint": "draftopd.training.checkpoints:LastCheckpoint._keep",
+    "checkpoint": "draftopd.training.checkpoints:LastCheckpoint._save",
     "drafter": "draftopd.cli.training:save_drafter",
 }
 

@@ -53,7 +53,7 @@ SHORT = (
 COUNTED = {
     "refreshes": "draftopd.training.refresh:RefreshAnchors.refresh",
     "validations": "draftopd.training.module:DraftModule.on_validation_epoch_end",
-    "checkpoints": "draftopd.training.checkpoints:LastCheckpoint._keep",
+    "checkpoints": "draftopd.training.checkpoints:LastCheckpoint._save",
 }
 IN_USE = "in_use_mb"
 WATCHED = ("rss_mb", "uss_mb", "open_files", "threads", "directory_mb")

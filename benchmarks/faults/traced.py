@@ -26,14 +26,15 @@ class Trace:
     def watch(
         self, method: str, before: Callable[..., object] | None = None, after: Callable[..., object] | None = None
     ) -> None:
-        """Call functions before and after every call of a method, with its positional arguments.
+        """Call functions before and after every call of a method or function, with its positional arguments.
 
         Args:
-            method: ``module:Class.method``.
+            method: ``module:Class.method`` or ``module:function``.
         """
         module, _, path = method.partition(":")
-        owner, _, name = path.partition(".")
-        kind = getattr(importlib.import_module(module), owner)
+        owner, _, name = path.rpartition(".")
+        kind: Any = importlib.import_module(module)
+        kind = getattr(kind, owner) if owner else kind
         watched = getattr(kind, name)
 
         def call(*args: Any, **kwargs: Any) -> Any:

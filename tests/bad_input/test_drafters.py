@@ -139,7 +139,7 @@ DFLASH: dict[str, tuple[Change, str]] = {
     "layers more than tensors": (config(num_hidden_layers=1000, layer_types=None), "describes 1000 layers, but there"),
     "layers huge": (config(num_hidden_layers=10**9, layer_types=None), "expected at most 1024"),
     "heads none": (config(num_attention_heads=0), "num_attention_heads is 0"),
-    "heads uneven": (config(num_key_value_heads=3), "4 heads of 16 do not go with 3 key/value heads"),
+    "heads uneven": (config(num_key_value_heads=3), "4 heads of 16 do not fit 3 key/value heads"),
     "head_dim odd": (config(head_dim=15), "even rotary dimension|4 heads of 15"),
     "layer_types short": (config(layer_types=["full_attention"]), LAYERS),
     "layer_types unknown": (config(layer_types=["full_attention", "linear"]), LAYERS),

@@ -125,7 +125,8 @@ def test_what_is_done_is_not_decoded_again(tmp_path: Path) -> None:
     before, after = json.loads(first), json.loads((tmp_path / "results.json").read_text())
     assert after["prompts"][0] == before["prompts"][0]
     assert [p["emitted"] for p in after["prompts"]] == [p["emitted"] for p in before["prompts"]]
-    refused(evaluate(tmp_path, *overrides, "temperature=1"), "use another hydra.run.dir, or the same command")
+    other = evaluate(tmp_path, *overrides, "temperature=1")
+    refused(other, "use another hydra.run.dir, or repeat that evaluation's command")
 
 
 @pytest.mark.parametrize(
