@@ -551,11 +551,11 @@ def test_plain_decoding_of_the_bundled_target(
     ("name", "batch_size", "count"),
     [
         ("tiny_dflash", 64, 500),
-        ("tiny_dflash", 16, 500),
+        ("tiny_dflash", 16, 96),
         ("tiny_dflash", 1, 40),
-        ("tiny_eagle3", 64, 500),
+        ("tiny_eagle3", 64, 200),
         ("tiny_eagle3", 1, 20),
-        ("tiny_mtp", 64, 500),
+        ("tiny_mtp", 64, 200),
         ("tiny_mtp", 1, 20),
     ],
 )

@@ -138,6 +138,6 @@ def test_a_decoder_of_another_law_is_caught(
 @pytest.mark.slow
 @pytest.mark.parametrize("verification", ["rejection_sampling", "target_only"])
 def test_a_decoder_of_the_targets_law_is_not(verification: str, evaluate_bundled: Callable[..., Evaluation]) -> None:
-    result = evaluate_bundled(limit=96, verification=verification, **SAMPLED)
+    result = evaluate_bundled(limit=64, verification=verification, **SAMPLED)
     assert result.distribution_p is not None and result.distribution_p > 1e-3
     assert result.withheld is None and result.speedup is not None

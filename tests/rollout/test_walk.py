@@ -85,8 +85,11 @@ def test_target_only_anchors_are_those_of_decoding(temperature: float, bundled_p
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["untrained", "tiny_dflash", "tiny_dflash_opd", "tiny_eagle3", "tiny_mtp"])
-def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [("untrained", 40), ("tiny_dflash", 120), ("tiny_dflash_opd", 80), ("tiny_eagle3", 80), ("tiny_mtp", 80)],
+)
+def test_greedy_anchors_of_held_out_prompts(name: str, count: int) -> None:
     target, tokenizer = load_target("bundled:tiny_target", dtype="float32"), load_tokenizer("bundled:tiny_target")
     if name == "untrained":
         torch.manual_seed(0)
@@ -94,14 +97,14 @@ def test_greedy_anchors_of_300_held_out_prompts(name: str) -> None:
     else:
         drafter = load_drafter(f"bundled:{name}")
     target.tap(drafter.target_layer_ids)
-    prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(300))
+    prompts = PromptEncoder(tokenizer).take(ReasoningPrompts("validation"), range(count))
     decoder = Decoder(target, drafter.eval(), Rules(stop=frozenset({tokenizer.eos_token_id}), max_new_tokens=256))
-    decoded = [d for batch in decoder.decode(prompts, 100) for d in batch]
+    decoded = [d for batch in decoder.decode(prompts, count) for d in batch]
     found = walk(target, drafter, decoded, Walker(Rules()))
     pairs = [(a, as_visited(d)) for a, d in zip(found, decoded, strict=True)]
     assert all(a[:3] == b[:3] for a, b in pairs)
-    # Among some 50,000 proposals the drafter's two best tokens may tie; other batch shapes then round to the other.
-    assert sum(a.proposals == b.proposals for a, b in pairs) >= 299
+    # Among thousands of proposals the drafter's two best tokens may tie; other batch shapes then round to the other.
+    assert sum(a.proposals == b.proposals for a, b in pairs) >= count - 1
 
 
 def test_responses_of_one_token_have_no_anchors(target: Target, make_drafter: MakeDrafter) -> None:
